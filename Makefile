@@ -1,0 +1,57 @@
+# The first call of any target makes an environment in .venv and installs into it; later calls reuse it. A Python that already has
+# torch (a CUDA build, say) lends it to the environment; an active virtual environment that has torch is used as it is.
+
+PYTHON ?= python3
+VENV ?= .venv
+BENCH ?=
+TEST ?=
+
+# "system", "active" or nothing: where the Python in use finds a torch
+TORCH := $(shell $(PYTHON) -c 'import sys, torch; print("system" if sys.prefix == sys.base_prefix else "active")' 2>/dev/null)
+ifeq ($(TORCH),active)
+RUN := $(PYTHON)
+STAMP := build/installed
+else
+RUN := $(VENV)/bin/python
+STAMP := $(VENV)/installed
+endif
+
+.PHONY: help install test bench demo lint format clean
+
+help:
+	@echo "make test    set up once, run the tests        TEST='-k streaming' passes arguments to pytest"
+	@echo "make bench   set up once, run the benchmark    BENCH='--quick' is a short one, BENCH='--help' lists its options"
+	@echo "make demo    set up once, draw photo.png: a photograph, its groups, where one token attends"
+	@echo "make lint    ruff, as continuous integration runs it; make format applies it"
+	@echo "make clean   remove the environment and everything built"
+
+install: $(STAMP)
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(if $(TORCH),--system-site-packages) $(VENV)
+
+$(STAMP): pyproject.toml setup.py requirements-torch.txt $(wildcard csrc/*.h csrc/*/*) | $(filter $(VENV)/%,$(RUN))
+	$(RUN) -c 'import torch' 2>/dev/null || $(RUN) -m pip install -r requirements-torch.txt
+	$(RUN) -m pip install 'setuptools>=77' wheel
+	VITKERNELS_NATIVE=1 $(RUN) -m pip install --no-build-isolation -e '.[dev]'
+	@mkdir -p $(dir $@) && touch $@
+
+test: install
+	$(RUN) -m pytest $(TEST)
+
+bench: install
+	$(RUN) benchmarks/run.py $(BENCH)
+
+demo: install
+	$(RUN) examples/photo.py
+
+lint: install
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+format: install
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info vitkernels/*.so .pytest_cache .ruff_cache

@@ -1,0 +1,189 @@
+"""Results of benchmarks/run.py as text, Markdown or CSV, and two of them compared. Only what was measured is printed.
+
+python benchmarks/report.py results.json [--markdown | --csv] [--compare old.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import math
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+NOT_MEASURED = "not yet measured"
+FIELDS = (
+    *("case", "layer", "batch", "dtype", "mode", "contender", "status", "reason"),
+    *("ms", "p20", "p80", "rounds", "speedup", "gbps", "floor", "memory"),
+)
+SLOWER = 0.9  # of the old share of the floor: below it, a row of a comparison counts as a regression
+
+
+def save(results: dict, path: Path) -> None:
+    """Write in one step, so that an interrupt leaves the last complete file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(results, indent=1) + "\n")
+    os.replace(partial, path)
+
+
+def load(path: Path) -> dict:
+    results = json.loads(Path(path).read_text())
+    if not isinstance(results, dict) or not {"machine", "rows"} <= results.keys():
+        raise ValueError(f"{path} holds no results of benchmarks/run.py: expected the keys 'machine' and 'rows'")
+    return results
+
+
+def number(value: object, show: Callable[[float], str]) -> str:
+    """``value`` as ``show`` writes it; anything but a finite number was not measured."""
+    measured = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return show(value) if measured else NOT_MEASURED
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+
+def _milliseconds(value: float) -> str:
+    return f"{value:.2f}" if value >= 1 else f"{value:.3f}"
+
+
+SHOW: dict[str, Callable[[float], str]] = {
+    "ms": _milliseconds,
+    "p20": _milliseconds,
+    "p80": _milliseconds,
+    "speedup": lambda value: f"{value:.2f}x",
+    "gbps": _three_digits,
+    "floor": lambda value: f"{100 * value:.0f} %",
+    "memory": lambda value: f"{value / 2**20:.1f} MiB",
+}
+TITLES = {"speedup": "vs eager", "gbps": "GB/s", "floor": "of floor", "memory": "peak memory"}
+EXPLANATION = (
+    "vs eager: eager's median in the same run over this median. GB/s: what a fused operator must move (4 tensors of\n"
+    "tokens x channels forward, 7 backward) over the median. of floor: how much of the copy bandwidth above that is;\n"
+    "past 100 % a cache served it. peak memory: most bytes of tensors alive at once, results included, inputs not."
+)
+
+
+def _align(table: list[list[str]], left: int) -> list[str]:
+    """Lines of ``table``, its first ``left`` columns flush left and the others flush right."""
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    cells = [[c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))] for row in table]
+    return ["  ".join(row).rstrip() for row in cells]
+
+
+def _groups(rows: Iterable[dict], *keys: str) -> dict[tuple, list[dict]]:
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return groups
+
+
+def header(results: dict) -> str:
+    found = dict(results["machine"])
+    found["copy bandwidth"] = number(
+        results.get("bandwidth"), lambda value: f"{value / 1e9:.1f} GB/s, read plus written"
+    )
+    width = max(map(len, found))
+    return "\n".join(f"{key:<{width}}  {value}" for key, value in found.items())
+
+
+def _status(row: dict) -> str:
+    return f"{row['status']}: {row['reason']}" if row["reason"] else row["status"]
+
+
+def text(results: dict) -> str:
+    """The whole table, one block per layer."""
+    blocks = [header(results), EXPLANATION]
+    names = ["mode", "dtype", "contender", *SHOW]
+    titles = [TITLES.get(name, name) for name in names]
+    for (case, layer, batch), rows in _groups(results["rows"], "case", "layer", "batch").items():
+        measured = [r for r in rows if r["status"] == "ok"]
+        cells = [[r["mode"], r["dtype"], r["contender"], *(number(r.get(k), SHOW[k]) for k in SHOW)] for r in measured]
+        others = [f"{r['mode']}  {r['dtype']}  {r['contender']}  {_status(r)}" for r in rows if r["status"] != "ok"]
+        lines = _align([titles, *cells], 3) if cells else []
+        blocks.append("\n".join([f"{case}: batch {batch}, {layer}", *(f"  {line}" for line in lines + others)]))
+    if not results["rows"]:
+        blocks.append(NOT_MEASURED)
+    if not results.get("complete"):
+        blocks.append("This run was not finished; the rows above are those it measured.")
+    return "\n\n".join(blocks)
+
+
+def markdown(results: dict) -> str:
+    """One row per layer and mode: milliseconds of every contender, then speed-up and memory of vitkernels."""
+    rows = results["rows"]
+    contenders = list(dict.fromkeys(row["contender"] for row in rows))
+    ours = [name for name in contenders if name.startswith("vitkernels")]
+    titles = ["layer", "batch", "dtype", "pass", *(f"{name}, ms" for name in contenders)]
+    titles += [f"{name}: {what}" for name in ours for what in ("vs eager", "of floor")] + [
+        f"{name}: peak memory" for name in ("eager", *ours)
+    ]
+    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * 4 + "---:|" * (len(titles) - 4)]
+    for (case, batch, dtype, mode), group in _groups(rows, "case", "batch", "dtype", "mode").items():
+        found = {row["contender"]: row for row in group if row["status"] == "ok"}
+
+        def cell(contender: str, field: str, found=found) -> str:
+            return number(found.get(contender, {}).get(field), SHOW[field])
+
+        cells = [case, str(batch), dtype, mode, *(cell(name, "ms") for name in contenders)]
+        cells += [cell(name, field) for name in ours for field in ("speedup", "floor")]
+        cells += [cell(name, "memory") for name in ("eager", *ours)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) if rows else NOT_MEASURED
+
+
+def csv_text(results: dict) -> str:
+    out = io.StringIO()
+    writer = csv.DictWriter(out, FIELDS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({field: row.get(field) for field in FIELDS} for row in results["rows"])
+    return out.getvalue()
+
+
+def _verdict(old: float, new: float) -> str:
+    if new < SLOWER * old:
+        return "SLOWER"
+    return "faster" if old < SLOWER * new else ""
+
+
+def compare(new: dict, old: dict) -> str:
+    """Rows that both runs measured, judged on their share of the floor, which allows for a faster or slower machine."""
+    keys = ("case", "batch", "dtype", "mode", "contender")
+    before = {tuple(row[key] for key in keys): row for row in old["rows"] if row["status"] == "ok"}
+    table = [[*keys, "old ms", "ms", "old of floor", "of floor", ""]]
+    for row in new["rows"]:
+        was = before.get(tuple(row[key] for key in keys))
+        if was is None or row["status"] != "ok" or None in (row.get("floor"), was.get("floor")):
+            continue
+        verdict = _verdict(was["floor"], row["floor"])
+        numbers = [number(r.get(field), SHOW[field]) for field in ("ms", "floor") for r in (was, row)]
+        table.append([*(str(row[key]) for key in keys), *numbers, verdict])
+    differ = [k for k in ("device", "cpu", "threads", "torch") if new["machine"].get(k) != old["machine"].get(k)]
+    notes = [f"{key}: was {old['machine'].get(key)}, is {new['machine'].get(key)}" for key in differ]
+    if not table[1:]:
+        return "No row is in both runs."
+    return "\n".join(["Compared with the older run:", *notes, *_align(table, 5)])
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python benchmarks/report.py", description=__doc__.splitlines()[0])
+    parser.add_argument("results", type=Path, help="JSON written by benchmarks/run.py")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--markdown", action="store_true", help="a Markdown table, one row per layer and pass")
+    form.add_argument("--csv", action="store_true", help="comma-separated values, one row per measurement")
+    parser.add_argument("--compare", type=Path, metavar="OLD", help="also compare with older results")
+    args = parser.parse_args(argv)
+    results = load(args.results)
+    write = markdown if args.markdown else csv_text if args.csv else text
+    print(write(results))
+    if args.compare:
+        print("\n" + compare(results, load(args.compare)))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,344 @@
+"""Time partition attention: vitkernels beside plain PyTorch, SDPA, torch.compile and FlexAttention.
+
+A contender is timed only after its output and gradients agree with the float64 reference. Contenders take turns, call
+by call, so that their ratios come from one run. Results are saved as they come; Ctrl-C prints what there is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import fnmatch
+import itertools
+import statistics
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import baselines
+import measure
+import report
+import torch
+from cases import CASES, QUICK, Case
+from torch import Tensor, nn
+
+import vitkernels
+
+RESULTS = Path(__file__).parent / "results" / "latest.json"
+MODES = {"fwd": 4, "bwd": 7, "full": 11}  # tensors of tokens x channels that a fused operator reads and writes
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+OURS = "vitkernels-"
+
+
+@dataclass
+class Workload:
+    """Inputs of one case, the same for every contender."""
+
+    case: Case
+    qkv: Tensor  # [B, H, W, 3, heads, head_dim]
+    position_bias: Tensor | nn.Module
+    dout: Tensor  # [B, H, W, heads, head_dim]
+
+    @classmethod
+    def random(cls, case: Case, batch: int, device: torch.device, dtype: torch.dtype) -> Workload:
+        torch.manual_seed(0)
+        shape = (batch, case.height, case.width, case.heads, case.head_dim)
+        qkv = torch.randn(*shape[:3], 3, *shape[3:], device=device).to(dtype)
+        if case.bias == "dpb":
+            # in training mode, so that nobody may keep the table of frozen weights from one call to the next
+            position_bias = vitkernels.DynamicPositionBias(case.dim, case.heads).to(device)
+        else:
+            table = (case.heads, *(2 * size - 1 for size in case.partition.group))
+            position_bias = torch.randn(table, device=device).requires_grad_()
+        return cls(case, qkv.requires_grad_(), position_bias, torch.randn(shape, device=device).to(dtype))
+
+    def double(self) -> Workload:
+        """The same numbers in float64."""
+        qkv, dout = self.qkv.detach().double().requires_grad_(), self.dout.double()
+        if isinstance(self.position_bias, nn.Module):
+            return Workload(self.case, qkv, copy.deepcopy(self.position_bias).double(), dout)
+        return Workload(self.case, qkv, self.position_bias.detach().double().requires_grad_(), dout)
+
+    def leaves(self) -> list[Tensor]:
+        module = isinstance(self.position_bias, nn.Module)
+        return [self.qkv, *(self.position_bias.parameters() if module else [self.position_bias])]
+
+    def forward(self, attend: baselines.Attend) -> Tensor:
+        with torch.no_grad():
+            return attend(self.qkv, self.position_bias)
+
+    def full(self, attend: baselines.Attend) -> tuple[Tensor, ...]:
+        """Gradients of `leaves`."""
+        return torch.autograd.grad(attend(self.qkv, self.position_bias), self.leaves(), self.dout)
+
+    def call(self, attend: baselines.Attend, mode: str) -> Callable[[], object]:
+        """What is timed."""
+        if mode != "bwd":
+            return partial(self.forward if mode == "fwd" else self.full, attend)
+        out = attend(self.qkv, self.position_bias)
+        return partial(torch.autograd.grad, out, self.leaves(), self.dout, retain_graph=True)
+
+    def bytes(self, mode: str) -> int:
+        return MODES[mode] * self.dout.numel() * self.dout.element_size()
+
+
+def vitkernels_on(backend: str, case: Case) -> baselines.Attend:
+    """The public function as a user of this layer calls it."""
+    if case.bias == "dpb":
+        group, interval = case.partition.group, case.partition.interval
+        return partial(vitkernels.lsda_attention, group_size=group, interval=interval, backend=backend)
+    return lambda qkv, table: vitkernels.partition_attention_qkvpacked(qkv, case.partition, table, backend=backend)
+
+
+def tensors_of(workload: Workload, attend: baselines.Attend, gradients: bool) -> dict[str, Tensor]:
+    """What the parity gate compares; the gradients of a position MLP are compared as one vector."""
+    found = {"output": workload.forward(attend)}
+    if gradients:
+        qkv, *bias = workload.full(attend)
+        found |= {"qkv gradient": qkv, "position bias gradient": torch.cat([x.flatten() for x in bias])}
+    return found
+
+
+class Gate:
+    """Accepts a contender whose error is at most twice that of the reference in the same dtype, plus two roundings."""
+
+    def __init__(self, workload: Workload, gradients: bool):
+        self.workload, self.gradients = workload, gradients
+        reference = vitkernels_on("reference", workload.case)
+        self.truth = tensors_of(workload.double(), reference, gradients)
+        low = tensors_of(workload, reference, gradients)
+        rounding = 2 * torch.finfo(workload.qkv.dtype).eps
+        self.bounds = {k: 2 * self.error(k, low[k]) + rounding * x.abs().max().item() for k, x in self.truth.items()}
+
+    def error(self, name: str, found: Tensor) -> float:
+        return (found.double() - self.truth[name]).abs().max().item()
+
+    def objection(self, attend: baselines.Attend) -> str | None:
+        """Why this contender must not be timed, or None."""
+        for name, found in tensors_of(self.workload, attend, self.gradients).items():
+            if found.shape != self.truth[name].shape:
+                return f"{name} has shape {list(found.shape)}, expected {list(self.truth[name].shape)}"
+            error = self.error(name, found)
+            if not error <= self.bounds[name]:  # a NaN is refused too
+                return f"{name} is off by {error:.2e}, allowed {self.bounds[name]:.2e}"
+        return None
+
+
+def contenders(device: torch.device, args: argparse.Namespace) -> list[str]:
+    """Their names in the order of the table; eager, which the others are measured against, comes first."""
+    if args.backend:
+        asked = [name if name in baselines.BASELINES else OURS + name for name in args.backend]
+        return list(dict.fromkeys(["eager", *asked]))
+    if device.type == "cuda":
+        return [*baselines.BASELINES, OURS + "triton"]
+    return ["eager", "eager-unbind", "sdpa", *(["compile"] if args.compile else []), OURS + "cpu"]
+
+
+def build(name: str, workload: Workload) -> baselines.Attend:
+    case = workload.case
+    if name.startswith(OURS):
+        return vitkernels_on(name.removeprefix(OURS), case)
+    grouping = baselines.Grouping(case.partition, case.height, case.width, workload.qkv.device, workload.qkv.dtype)
+    return baselines.BASELINES[name](grouping)
+
+
+def refusal(name: str, error: Exception) -> tuple[str, str]:
+    """(status, reason) of a contender that raised: no failure where a baseline or a backend cannot run a case."""
+    absent = not name.startswith(OURS) or (isinstance(error, RuntimeError) and " cannot run " in str(error))
+    if not absent:
+        traceback.print_exception(error)
+    line = (str(error).strip() or "no message").splitlines()[0]
+    return "skipped" if absent else "FAILED", f"{type(error).__name__}: {line}"
+
+
+def admit(names: list[str], workload: Workload, gate: Gate) -> tuple[dict[str, baselines.Attend], dict]:
+    """Contenders that may be timed, and (status, reason) of the others."""
+    admitted, refused = {}, {}
+    for name in names:
+        try:
+            attend = build(name, workload)
+            objection = gate.objection(attend)
+        except Exception as error:
+            refused[name] = refusal(name, error)
+            continue
+        if objection:
+            refused[name] = ("FAILED", objection)
+        else:
+            admitted[name] = attend
+    return admitted, refused
+
+
+def prepare(workload: Workload, mode: str, admitted: dict[str, baselines.Attend]) -> tuple[dict[str, Callable], dict]:
+    """What to time, called once, and (status, reason) of contenders that cannot run this mode."""
+    calls, refused = {}, {}
+    for name, attend in admitted.items():
+        try:
+            call = workload.call(attend, mode)
+            call()
+            calls[name] = call
+        except Exception as error:
+            refused[name] = refusal(name, error)
+    return calls, refused
+
+
+def measure_calls(
+    calls: dict[str, Callable], device: torch.device, size: int, bandwidth: float, seconds: float
+) -> dict:
+    """The measured fields of every contender; ``size``: bytes that a fused operator moves."""
+    times = measure.interleave(calls, device, seconds)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    rows = {}
+    for name, call in calls.items():
+        rate = size / (medians[name] * 1e-3)
+        rows[name] = {
+            "ms": medians[name],
+            "p20": measure.percentile(times[name], 20),
+            "p80": measure.percentile(times[name], 80),
+            "rounds": len(times[name]),
+            "speedup": medians["eager"] / medians[name] if "eager" in medians else None,
+            "gbps": rate / 1e9,
+            "floor": rate / bandwidth,
+            "memory": measure.peak_memory(call, device),
+        }
+    return rows
+
+
+@contextmanager
+def progress(total: int) -> Iterator[Callable[[str], None]]:
+    """A function that names the next of ``total`` steps: a bar on a terminal, else one line each, on stderr."""
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    except ImportError:
+        Console = None
+    if Console is None or not sys.stderr.isatty():
+        done = iter(range(1, total + 1))
+        yield lambda name: print(f"[{next(done)}/{total}] {name}", file=sys.stderr, flush=True)
+        return
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task, begun = bar.add_task("", total=total), []
+
+        def step(name: str) -> None:
+            bar.update(task, description=name, advance=1 if begun else 0)
+            begun.append(name)
+
+        yield step
+
+
+def run(cases: list[Case], args: argparse.Namespace, results: dict, save: Callable[[], None]) -> None:
+    """Measure everything asked for; ``results`` fills as it goes."""
+    device = torch.device(args.device)
+    names = contenders(device, args)
+    with progress(1 + len(cases) * len(args.dtype) * (1 + len(args.mode))) as step:
+        step("copy bandwidth")
+        size = (1 << 30) if device.type == "cuda" else (1 << 27) if args.quick else (1 << 28)
+        results["bandwidth"] = measure.copy_bandwidth(device, size)
+        for case, dtype in itertools.product(cases, args.dtype):
+            step(f"{case.name} {dtype}: parity")
+            batch = args.batch or case.batch(device.type)
+            workload = Workload.random(case, batch, device, DTYPES[dtype])
+            admitted, refused = admit(names, workload, Gate(workload, gradients=args.mode != ["fwd"]))
+            for mode in args.mode:
+                step(f"{case.name} {dtype}: {mode}")
+                calls, unable = prepare(workload, mode, admitted)
+                size = workload.bytes(mode)
+                measured = measure_calls(calls, device, size, results["bandwidth"], args.seconds) if calls else {}
+                about = {"case": case.name, "layer": case.describe(), "batch": batch, "dtype": dtype, "mode": mode}
+                for name in names:
+                    status, reason = {**refused, **unable}.get(name, ("ok", ""))
+                    row = {**about, "contender": name, "status": status, "reason": reason, **measured.get(name, {})}
+                    results["rows"].append(row)
+                save()
+    results["complete"] = True
+    save()
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python benchmarks/run.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="examples:\n"
+        "  python benchmarks/run.py --quick\n"
+        "  python benchmarks/run.py --case 'crossformer-s-224-*' --mode fwd full --json crossformer.json\n"
+        "  python benchmarks/run.py --case '*stage1*' --dtype bfloat16 --backend sdpa cpu --compare old.json",
+    )
+    known = [*baselines.BASELINES, "triton", "cpu", "reference"]
+    what = parser.add_argument_group("what to measure")
+    what.add_argument("--case", nargs="+", metavar="GLOB", help="names of cases, with wildcards; --list prints them")
+    what.add_argument(
+        "--mode", nargs="+", choices=MODES, default=["fwd", "full"], help="full: fwd and bwd; default: fwd full"
+    )
+    what.add_argument("--dtype", nargs="+", choices=DTYPES, help="float32 on a CPU, bfloat16 on a GPU")
+    backends = f"contenders beside eager, of {', '.join(known)}; those that suit the device"
+    what.add_argument("--backend", nargs="+", choices=known, metavar="NAME", help=backends)
+    what.add_argument("--batch", type=int, help="images; the default is each case's own")
+    what.add_argument("--quick", action="store_true", help="CrossFormer-S stage 1, briefly: under a minute")
+    what.add_argument("--list", action="store_true", help="print the cases and stop")
+    how = parser.add_argument_group("how")
+    how.add_argument("--device", choices=("cpu", "cuda"), help="cuda if there is one")
+    how.add_argument("--threads", type=int, help="CPU threads; torch's default")
+    how.add_argument("--seconds", type=float, help="time spent on each row (1; 0.5 with --quick)")
+    how.add_argument("--compile", action="store_true", help="torch.compile of eager on a CPU too; its warm-up is long")
+    out = parser.add_argument_group("results")
+    out.add_argument(
+        "--json", type=Path, default=RESULTS, metavar="PATH", help="default: benchmarks/results/latest.json"
+    )
+    out.add_argument("--csv", type=Path, metavar="PATH", help="also as comma-separated values")
+    out.add_argument("--markdown", action="store_true", help="print a Markdown table, one row per layer and pass")
+    out.add_argument("--compare", type=Path, metavar="OLD", help="compare with the JSON of an older run")
+    args = parser.parse_args(argv)
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    args.dtype = args.dtype or ["bfloat16" if args.device == "cuda" else "float32"]
+    args.seconds = args.seconds if args.seconds is not None else (0.5 if args.quick else 1.0)
+    args.patterns = args.case or (QUICK if args.quick else ["*"])
+    for name, value in (("--batch", args.batch), ("--threads", args.threads)):
+        if value is not None and value < 1:
+            parser.error(f"{name} must be at least 1, got {value}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no CUDA device")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    cases = [case for case in CASES if any(fnmatch.fnmatchcase(case.name, pattern) for pattern in args.patterns)]
+    if not cases:
+        print(f"no case matches {' '.join(args.patterns)}; --list prints the cases", file=sys.stderr)
+        return 2
+    if args.list:
+        width = max(len(case.name) for case in cases)
+        print("\n".join(f"{case.name:<{width}}  {case.describe()}" for case in cases))
+        return 0
+    old = report.load(args.compare) if args.compare else None  # read before a long run, not after it
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    results = {"machine": measure.machine(torch.device(args.device)), "bandwidth": None, "complete": False, "rows": []}
+    status = 0
+    # a shift's -100 leaves subnormal weights, which slow plain PyTorch on a CPU up to five times: not held against it
+    torch.set_flush_denormal(True)
+    try:
+        run(cases, args, results, lambda: report.save(results, args.json))
+    except KeyboardInterrupt:
+        status = 130
+    finally:
+        torch.set_flush_denormal(False)
+    print(report.markdown(results) if args.markdown else report.text(results))
+    if old:
+        print("\n" + report.compare(results, old))
+    if args.csv and results["rows"]:
+        args.csv.parent.mkdir(parents=True, exist_ok=True)
+        args.csv.write_text(report.csv_text(results))
+    if results["rows"]:
+        print(f"results: {args.json}", file=sys.stderr)
+    failed = any(row["status"] == "FAILED" for row in results["rows"])
+    return status or int(failed)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

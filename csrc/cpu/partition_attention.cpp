@@ -1,0 +1,161 @@
+// The operator partition_attention on CPU tensors: outputs, the division of the work, the bias table and its gradient.
+#include "partition_attention.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <optional>
+#include <vector>
+
+#include "capability.h"
+
+namespace vitkernels {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+Element element_of(const Tensor& q) {
+  switch (q.scalar_type()) {
+    case ScalarType::Float: return Element::FLOAT;
+    case ScalarType::Double: return Element::DOUBLE;
+    case ScalarType::Half: return Element::HALF;
+    case ScalarType::BFloat16: return Element::BFLOAT16;
+    default: STD_TORCH_CHECK(false, "partition_attention takes float32, float64, float16 or bfloat16");
+  }
+}
+
+const PartitionAttentionKernels& kernels() {
+  static const PartitionAttentionKernels chosen = [] {
+    switch (capability()) {
+#if defined(VITKERNELS_HAS_AVX512)
+      case Capability::AVX512: return avx512::partition_attention_kernels();
+#endif
+#if defined(VITKERNELS_HAS_AVX2)
+      case Capability::AVX2: return avx2::partition_attention_kernels();
+#endif
+      default: return baseline::partition_attention_kernels();
+    }
+  }();
+  return chosen;
+}
+
+// x: [B, H, W, heads, head_dim]
+View view(const Tensor& x) {
+  STD_TORCH_CHECK(x.dim() == 5 && x.stride(4) == 1, "expected [B, H, W, heads, head_dim] with unit stride in head_dim");
+  return {static_cast<char*>(x.data_ptr()), x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
+}
+
+// Third `part` (0, 1, 2 for q, k, v) of a contiguous [B, H, W, 3, heads, head_dim].
+View view_of_part(const Tensor& qkv, int64_t part) {
+  char* data = static_cast<char*>(qkv.data_ptr()) + part * qkv.stride(3) * qkv.element_size();
+  return {data, qkv.stride(0), qkv.stride(1), qkv.stride(2), qkv.stride(4)};
+}
+
+// A bias table in the order in which the kernels read it: the offsets negated, which reverses each head's.
+template <class T>
+std::vector<char> reversed(const Tensor& bias, int64_t size) {
+  std::vector<char> memory(bias.numel() * sizeof(T) + VECTOR_SLACK);
+  const T* from = static_cast<const T*>(bias.data_ptr());
+  T* to = reinterpret_cast<T*>(memory.data());
+  for (int64_t i = 0; i < bias.numel(); i++) to[i] = from[i / size * size + size - 1 - i % size];
+  return memory;
+}
+
+// dbias = the sum of the `parts`, [parts, heads, size], in their order and turned back.
+template <class T>
+void sum_parts(const Tensor& dbias, const std::vector<char>& memory, int64_t size) {
+  int64_t numel = dbias.numel(), parts = memory.size() / (numel * sizeof(T));
+  const T* from = reinterpret_cast<const T*>(memory.data());
+  T* to = static_cast<T*>(dbias.data_ptr());
+  for (int64_t i = 0; i < numel; i++) {
+    T sum = 0;
+    for (int64_t part = 0; part < parts; part++) sum += from[part * numel + i / size * size + size - 1 - i % size];
+    to[i] = sum;
+  }
+}
+
+struct Geometry {
+  int64_t group_h, group_w, interval_h, interval_w, shift_h, shift_w;
+};
+
+PartitionAttention describe(const Tensor& q, const Tensor& k, const Tensor& v, const Geometry& g, double scale) {
+  PartitionAttention problem{};
+  problem.q = view(q), problem.k = view(k), problem.v = view(v);
+  problem.map = {{q.size(1), g.group_h, g.interval_h, g.shift_h}, {q.size(2), g.group_w, g.interval_w, g.shift_w}};
+  problem.bias_size = (2 * g.group_h - 1) * (2 * g.group_w - 1);
+  problem.head_dim = q.size(4);
+  problem.scale = scale;
+  problem.work = {q.size(0) * problem.map.groups(), q.size(3)};
+  return problem;
+}
+
+std::vector<char> prepared(const std::optional<Tensor>& bias, const Tensor& q, int64_t size) {
+  if (!bias) return {};
+  bool wide = q.scalar_type() == ScalarType::Double;
+  STD_TORCH_CHECK(
+      bias->is_contiguous() && bias->numel() == q.size(3) * size &&
+          bias->scalar_type() == (wide ? ScalarType::Double : ScalarType::Float),
+      "bias must be a contiguous [heads, 2Gh-1, 2Gw-1], float32 (float64 with float64 inputs)");
+  return wide ? reversed<double>(*bias, size) : reversed<float>(*bias, size);
+}
+
+void check_no_mlp(const std::vector<Tensor>& mlp) {
+  STD_TORCH_CHECK(mlp.empty(), "the C++ kernels take the position bias as a table; evaluate the MLP first (form='table')");
+}
+
+std::tuple<Tensor, Tensor> forward(
+    Tensor q, Tensor k, Tensor v, std::optional<Tensor> bias, std::vector<Tensor> mlp, bool residual,
+    int64_t group_h, int64_t group_w, int64_t interval_h, int64_t interval_w, int64_t shift_h, int64_t shift_w, double scale) {
+  check_no_mlp(mlp);
+  Element element = element_of(q);
+  Tensor out = torch::stable::new_empty(q, q.sizes());
+  Tensor statistic = torch::stable::new_empty(q, {0}, element == Element::DOUBLE ? ScalarType::Double : ScalarType::Float);
+  PartitionAttention problem = describe(q, k, v, {group_h, group_w, interval_h, interval_w, shift_h, shift_w}, scale);
+  std::vector<char> table = prepared(bias, q, problem.bias_size);
+  problem.bias = bias ? table.data() : nullptr;
+  problem.out = view(out);
+  if (out.numel() == 0) return {out, statistic};
+
+  Forward kernel = kernels().forward[int(element)];
+  torch::stable::parallel_for(
+      0, problem.work.shares(), 1, [&](int64_t begin, int64_t end) { kernel(problem, begin, end); });
+  return {out, statistic};
+}
+
+std::tuple<Tensor, Tensor> backward(
+    Tensor dout, Tensor q, Tensor k, Tensor v, std::optional<Tensor> bias, std::vector<Tensor> mlp, bool residual,
+    Tensor statistic, int64_t group_h, int64_t group_w, int64_t interval_h, int64_t interval_w, int64_t shift_h,
+    int64_t shift_w, double scale) {
+  check_no_mlp(mlp);
+  Element element = element_of(q);
+  ScalarType wide = element == Element::DOUBLE ? ScalarType::Double : ScalarType::Float;
+  Tensor dqkv = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2), 3, q.size(3), q.size(4)});
+  PartitionAttention problem = describe(q, k, v, {group_h, group_w, interval_h, interval_w, shift_h, shift_w}, scale);
+  Tensor dbias = bias ? torch::stable::new_empty(q, {q.size(3), 2 * group_h - 1, 2 * group_w - 1}, wide)
+                      : torch::stable::new_empty(q, {0}, wide);
+  std::vector<char> table = prepared(bias, q, problem.bias_size);
+  problem.bias = bias ? table.data() : nullptr;
+  problem.dout = view(dout);
+  problem.dq = view_of_part(dqkv, 0), problem.dk = view_of_part(dqkv, 1), problem.dv = view_of_part(dqkv, 2);
+  if (dqkv.numel() == 0) return {dqkv, torch::stable::zero_(dbias)};
+
+  std::vector<char> parts(problem.work.group_parts() * dbias.numel() * dbias.element_size());
+  Backward kernel = kernels().backward[int(element)];
+  torch::stable::parallel_for(0, problem.work.shares(), 1, [&](int64_t begin, int64_t end) {
+    kernel(problem, begin, end, bias ? parts.data() : nullptr);
+  });
+  if (bias && wide == ScalarType::Double) sum_parts<double>(dbias, parts, problem.bias_size);
+  if (bias && wide == ScalarType::Float) sum_parts<float>(dbias, parts, problem.bias_size);
+  return {dqkv, dbias};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(vitkernels, CPU, m) {
+  m.impl("partition_attention_forward", TORCH_BOX(&forward));
+  m.impl("partition_attention_backward", TORCH_BOX(&backward));
+}
+
+}  // namespace
+}  // namespace vitkernels

@@ -1,0 +1,271 @@
+// Partition attention over shares of the work: gather the rows of a group, attend, scatter. Compiled once per vector level.
+#include "partition_attention.h"
+
+#include <new>
+#include <utility>
+
+#include "attention.h"
+
+namespace vitkernels::VITKERNELS_LEVEL {
+namespace {
+
+// Rows of scores computed at a time: few enough for the nearest cache, a multiple of a tile's.
+constexpr int64_t STEP = 18;
+// Scores that the backward pass holds at a time (all of a group of up to 181 tokens).
+constexpr int64_t SCORES = 32 * 1024;
+// Up to this many pairs of tokens in a full group, the bias is spread out over them, and its gradient summed so, once per share.
+constexpr int64_t SPREAD = 64 * 1024;
+
+VITKERNELS_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// The tokens of one group in one image, and a head.
+struct Site {
+  int64_t image, head, height, width;  // height 0: nowhere
+  int64_t *ys, *xs;
+
+  VITKERNELS_INLINE int64_t tokens() const { return height * width; }
+};
+
+template <class S, class T = Accumulation<S>>
+class Worker {
+ public:
+  Worker(const PartitionAttention& problem, bool backward)
+      : p_(problem), full_(problem.map.y.group * problem.map.x.group), width_(padded<T>(problem.head_dim)) {
+    lay_out(backward);
+    memory_ = (char*)::operator new(used_, std::align_val_t{64});
+    std::memset(memory_, 0, used_);  // above all the padding of head_dim
+    lay_out(backward);
+  }
+
+  ~Worker() { ::operator delete(memory_, std::align_val_t{64}); }
+  Worker(const Worker&) = delete;
+
+  // One share of the work; dbias as in partition_attention.h.
+  template <bool BACKWARD>
+  void run(int64_t share, T* dbias) {
+    const Division& work = p_.work;
+    int64_t part = share % work.group_parts(), head_part = share / work.group_parts();
+    int64_t group = work.first_group(part), groups = work.first_group(part + 1) - group;
+    first_head_ = work.first_head(head_part);
+    int64_t heads = work.first_head(head_part + 1) - first_head_;
+    if (dbias) dbias += (part * work.heads + first_head_) * p_.bias_size;
+
+    for (int64_t head = 0; head < heads; head++) spread_bias(first_head_ + head);
+    locate(next_, group, first_head_);
+    for (int64_t i = 1; i <= groups * heads; i++) {
+      std::swap(here_, next_);
+      next_.height = 0;
+      if (i < groups * heads) locate(next_, group + i / heads, first_head_ + i % heads);
+      if (here_.tokens() == 0) continue;
+      if constexpr (BACKWARD)
+        backward(dbias ? dbias + (here_.head - first_head_) * p_.bias_size : nullptr);
+      else
+        forward();
+    }
+    for (int64_t head = 0; dbias && head < heads; head++) fold(first_head_ + head, dbias + head * p_.bias_size);
+  }
+
+ private:
+  void forward() {
+    Group<T> group = gather_qkv();
+    int64_t tokens = here_.tokens();
+    for (int64_t i = 0, rows; i < tokens; i += rows) {
+      rows = share_of(tokens - i, STEP);
+      weights(group, i, rows, scores_);
+      prefetch<false>(i, rows, {p_.q, p_.k, p_.v});
+      multiply<T>(scores_, v_, out_.at(i, 0), rows, tokens, width_);
+      prefetch<true>(i, rows, {p_.out});
+    }
+    scatter(p_.out, out_, 1);
+  }
+
+  void backward(T* dbias) {
+    Group<T> group = gather_qkv();
+    gather(dout_, p_.dout, 1);
+    int64_t tokens = here_.tokens(), keys = padded<T>(tokens);
+    v_transposed_.stride = dscores_.stride = keys;
+    transpose_into<T>(v_transposed_, v_, tokens, width_);
+    for (int64_t begin = 0, held; begin < tokens; begin += held) {
+      held = share_of(tokens - begin, block_);
+      for (int64_t i = begin, rows; i < begin + held; i += rows) {
+        rows = share_of(begin + held - i, STEP);
+        Matrix<T> scores = scores_.at(i - begin, 0), dscores = dscores_.at(i - begin, 0);
+        weights(group, i, rows, scores);
+        prefetch<false>(i, rows, {p_.q, p_.k, p_.v, p_.dout});
+        multiply<T>(dout_.at(i, 0), v_transposed_, dscores, rows, p_.head_dim, keys);
+        softmax_backward<T>(scores, dscores, rows, keys);
+        prefetch<true>(i, rows, {p_.dq, p_.dk, p_.dv});
+      }
+      multiply<T, true>(scores_, dout_.at(begin, 0), dv_, tokens, held, width_, begin > 0);
+      multiply<T, true>(dscores_, q_.at(begin, 0), dk_, tokens, held, width_, begin > 0);
+      multiply<T>(dscores_, k_, out_.at(begin, 0), held, tokens, width_);
+      if (dbias) add_to_bias(group, begin, held, dbias);
+    }
+    scatter(p_.dq, out_, T(p_.scale));
+    scatter(p_.dk, dk_, 1);
+    scatter(p_.dv, dv_, 1);
+  }
+
+  // Folds what the full groups of a head have added to the spread gradient.
+  void fold(int64_t head, T* dbias) {
+    if (!dspread_.data) return;
+    add_to_table<T>(full_group(head), of_head(dspread_, head), 0, full_, dbias);
+    std::memset(of_head(dspread_, head).data, 0, full_ * dspread_.stride * sizeof(T));
+  }
+
+  // Sets the addresses of everything behind memory_, and used_.
+  void lay_out(bool backward) {
+    used_ = 0;
+    int64_t keys = padded<T>(full_), spread = full_ * keys <= SPREAD ? Division::HEADS * full_ : 0;
+    block_ = backward ? least(full_, SCORES / keys + STEP) : least(full_, STEP);
+    for (auto* rows : {&q_, &k_, &v_, &out_}) *rows = take(keys, width_);
+    k_transposed_ = take(width_, keys);
+    scores_ = take(block_ + 1, keys);
+    spread_ = take(spread ? spread + 1 : 0, keys);
+    if (backward) {
+      for (auto* rows : {&dout_, &dk_, &dv_}) *rows = take(keys, width_);
+      v_transposed_ = take(width_, keys);
+      dscores_ = take(block_, keys);
+      dspread_ = take(p_.bias ? spread : 0, keys);
+    }
+    for (auto& apart : apart_) apart = take(1, keys).data;
+    sides_ = (uint8_t*)take(1, keys).data;
+    for (auto* site : {&here_, &next_}) {
+      site->ys = (int64_t*)take(2, p_.map.y.group).data;
+      site->xs = (int64_t*)take(2, p_.map.x.group).data;
+    }
+  }
+
+  Matrix<T> take(int64_t rows, int64_t stride) {
+    T* data = (T*)(memory_ + used_);
+    used_ += ceil_div(rows * stride * sizeof(T), 64) * 64;
+    return {rows ? data : nullptr, stride};
+  }
+
+  void locate(Site& site, int64_t group, int64_t head) const {
+    const Axis &y = p_.map.y, &x = p_.map.x;
+    Place place = p_.map.place(group % p_.map.groups());
+    site.image = group / p_.map.groups(), site.head = head;
+    site.height = y.tokens(place.region_y, place.residue_y);
+    site.width = x.tokens(place.region_x, place.residue_x);
+    for (int64_t g = 0; g < site.height; g++) site.ys[g] = y.position(place.region_y, place.residue_y, g);
+    for (int64_t g = 0; g < site.width; g++) site.xs[g] = x.position(place.region_x, place.residue_x, g);
+  }
+
+  S* address(const View& view, const Site& site, int64_t y, int64_t x) const {
+    int64_t offset = site.image * view.batch + site.head * view.head + site.ys[y] * view.y + site.xs[x] * view.x;
+    return (S*)view.data + offset;
+  }
+
+  void gather(Matrix<T> to, const View& from, T factor) {
+    T* row = to.data;
+    for (int64_t y = 0; y < here_.height; y++)
+      for (int64_t x = 0; x < here_.width; x++, row += width_)
+        copy_row(row, address(from, here_, y, x), p_.head_dim, factor);
+  }
+
+  void scatter(const View& to, Matrix<T> from, T factor) {
+    const T* row = from.data;
+    for (int64_t y = 0; y < here_.height; y++)
+      for (int64_t x = 0; x < here_.width; x++, row += width_)
+        copy_row(address(to, here_, y, x), row, p_.head_dim, factor);
+  }
+
+  // Rows [begin, begin + rows) of the group that follows are on their way while this one is computed.
+  template <bool WRITE, int N>
+  void prefetch(int64_t begin, int64_t rows, const View (&views)[N]) {
+    for (int64_t i = begin; i < least(begin + rows, next_.tokens()); i++)
+      for (const View& view : views) {
+        const char* row = (const char*)address(view, next_, i / next_.width, i % next_.width);
+        for (int64_t byte = 0; byte < p_.head_dim * int64_t(sizeof(S)); byte += 64) __builtin_prefetch(row + byte, WRITE, 2);
+      }
+  }
+
+  Group<T> full_group(int64_t head) const {
+    const T* bias = p_.bias ? (const T*)p_.bias + head * p_.bias_size : nullptr;
+    return {p_.map.y.group, p_.map.x.group, p_.map.y.group, p_.map.x.group, bias, apart_, nullptr};
+  }
+
+  Group<T> gather_qkv() {
+    int64_t tokens = here_.tokens(), keys = padded<T>(tokens);
+    gather(q_, p_.q, T(p_.scale));
+    gather(k_, p_.k, 1);
+    gather(v_, p_.v, 1);
+    for (auto rows : {k_, v_})  // a fuller group may have been here before
+      std::memset(rows.row(tokens), 0, (keys - tokens) * width_ * sizeof(T));
+    k_transposed_.stride = scores_.stride = keys;
+    transpose_into<T>(k_transposed_, k_, tokens, width_);
+    Group<T> group = full_group(here_.head);
+    group.height = here_.height, group.width = here_.width;
+    if (mark_sides()) group.sides = sides_;
+    return group;
+  }
+
+  // Whether the shift has brought tokens of opposite borders together; then also what the keys lose for each side of a query.
+  bool mark_sides() {
+    const Axis &y = p_.map.y, &x = p_.map.x;
+    const int64_t *ys = here_.ys, *xs = here_.xs;
+    bool torn = y.wrapped(ys[0]) != y.wrapped(ys[here_.height - 1]) || x.wrapped(xs[0]) != x.wrapped(xs[here_.width - 1]);
+    for (int64_t i = 0; torn && i < here_.tokens(); i++) {
+      sides_[i] = 2 * y.wrapped(ys[i / here_.width]) + x.wrapped(xs[i % here_.width]);
+      for (int side = 0; side < 4; side++) apart_[side][i] = sides_[i] == side ? 0 : SHIFT_PENALTY;
+    }
+    return torn;
+  }
+
+  // The rows of `head` in a matrix that has those of all heads of the share.
+  Matrix<T> of_head(Matrix<T> rows, int64_t head) const { return rows.at((head - first_head_) * full_, 0); }
+
+  void spread_bias(int64_t head) {
+    if (spread_.data) start_scores<T>(full_group(head), of_head(spread_, head), 0, full_);
+  }
+
+  // Rows [begin, begin + rows) of softmax(scale q k^T + bias).
+  void weights(const Group<T>& group, int64_t begin, int64_t rows, Matrix<T> scores) {
+    bool spread = spread_.data && group.tokens() == full_ && !group.sides;
+    if (!spread) start_scores<T>(group, scores, begin, rows);
+    Matrix<T> start = spread ? of_head(spread_, here_.head).at(begin, 0) : scores;
+    multiply<T>(q_.at(begin, 0), k_transposed_, scores, rows, p_.head_dim, scores.stride, start);
+    softmax<T>(scores, rows, scores.stride);
+  }
+
+  void add_to_bias(const Group<T>& group, int64_t begin, int64_t rows, T* dbias) {
+    if (!dspread_.data || group.tokens() != full_) return add_to_table<T>(group, dscores_, begin, rows, dbias);
+    T* sum = of_head(dspread_, here_.head).row(begin);
+    for (int64_t i = 0; i < rows * dspread_.stride; i += LANES<T>) store(sum + i, load(sum + i) + load(dscores_.data + i));
+  }
+
+  const PartitionAttention& p_;
+  int64_t first_head_ = 0;            // of the share
+  int64_t full_, width_, block_ = 0;  // tokens of a full group; head_dim, padded; rows of scores held
+  char* memory_ = nullptr;
+  int64_t used_ = 0;  // bytes
+  Site here_{}, next_{};
+  Matrix<T> q_, k_, v_, out_, k_transposed_, scores_, spread_;  // out_ takes dq in the backward pass
+  Matrix<T> dout_, dk_, dv_, v_transposed_, dscores_, dspread_{};
+  T* apart_[4];
+  uint8_t* sides_;
+};
+
+template <class S>
+void forward(const PartitionAttention& problem, int64_t begin, int64_t end) {
+  Worker<S> worker(problem, false);
+  for (int64_t share = begin; share < end; share++) worker.template run<false>(share, nullptr);
+}
+
+template <class S>
+void backward(const PartitionAttention& problem, int64_t begin, int64_t end, void* dbias) {
+  Worker<S> worker(problem, true);
+  for (int64_t share = begin; share < end; share++) worker.template run<true>(share, (Accumulation<S>*)dbias);
+}
+
+}  // namespace
+
+PartitionAttentionKernels partition_attention_kernels() {
+  return {
+      {forward<float>, forward<double>, forward<Half>, forward<BFloat16>},
+      {backward<float>, backward<double>, backward<Half>, backward<BFloat16>},
+  };
+}
+
+}  // namespace vitkernels::VITKERNELS_LEVEL

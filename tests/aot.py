@@ -1,0 +1,94 @@
+"""Ahead-of-time compilation without a GPU: a launcher runs on CPU tensors while every launch only compiles.
+
+The launcher itself chooses the arguments, constants, warps and stages: what is compiled is what would be launched. Run as a
+program, in a process of its own (Triton either interprets or compiles), it prints the resources of the kernels of one chip.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+
+class _Driver:
+    """Stands for a driver: there is a device of the given capability, and nothing runs on it."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.capability  # kernels are cached by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compile_launches(call: Callable[[], object], capability: int) -> list:
+    """The compiled kernels of every launch that ``call`` makes, in order."""
+    compiled, run = [], JITFunction.run
+
+    def compile_only(kernel, *args, grid, warmup, **kwargs):
+        compiled.append(run(kernel, *args, grid=grid, warmup=True, **kwargs))
+
+    driver = mock.patch.object(triton.runtime.driver, "_active", _Driver(capability))
+    with driver, mock.patch.object(JITFunction, "run", compile_only):
+        call()
+    return compiled
+
+
+def resources(kernel) -> dict[str, int]:
+    """Registers of a thread, bytes it spills, KiB of shared memory of a block, and vectorised accesses to global memory."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    found = {key: int(value) for key, value in re.findall(r"(REG|STACK):(\d+)", text.stdout)}
+    wide = re.findall(r"ld\.global\.v4|cp\.async\.cg\.shared\.global \[[^]]*\], \[[^]]*\], 0x10", kernel.asm["ptx"])
+    return dict(
+        warps=kernel.metadata.num_warps,
+        registers=found["REG"],
+        spilled=found["STACK"],
+        shared=-(-kernel.metadata.shared // 1024),
+        wide=len(wide),
+    )
+
+
+def attention(group: int, head_dim: int, dtype: torch.dtype, shift: int) -> Callable[[], object]:
+    """A forward and a backward of partition attention on a packed projection, with a bias table."""
+    from vitkernels.partition_attention import kernels
+
+    heads, side = 3, 2 * group
+    qkv = torch.empty(2, side, side, 3, heads, head_dim, dtype=dtype)
+    bias = torch.empty(heads, 2 * group - 1, 2 * group - 1)
+    geometry = (group, group, 1, 1, shift, shift)
+
+    def call() -> None:
+        q, k, v = qkv.unbind(3)
+        out, statistic = kernels.partition_attention_forward(q, k, v, bias, [], False, *geometry, 0.2)
+        kernels.partition_attention_backward(out, q, k, v, bias, [], False, statistic, *geometry, 0.2)
+
+    return call
+
+
+if __name__ == "__main__":
+    capability, cases = int(sys.argv[1]), json.loads(sys.argv[2])
+    found = {}
+    for name, (group, head_dim, dtype, shift) in cases.items():
+        compiled = compile_launches(attention(group, head_dim, getattr(torch, dtype), shift), capability)
+        found[name] = {kernel.name.strip("_"): resources(kernel) for kernel in compiled}
+    print(json.dumps(found))

@@ -1,0 +1,61 @@
+"""What the tests share. Without a CUDA device the Triton kernels run in Triton's interpreter."""
+
+import os
+import pathlib
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
+
+
+def _interpreter_refusal() -> str | None:
+    """Why the Triton kernels cannot run here, or None."""
+    try:
+        import numpy
+        import triton
+        from packaging.version import Version
+    except ImportError as error:
+        return f"no Triton kernels without {error.name}"
+    if torch.cuda.is_available():
+        return None
+    if Version(numpy.__version__) >= Version("2.4") and Version(triton.__version__) < Version("3.7.1"):
+        return f"the interpreter of triton {triton.__version__} breaks on numpy {numpy.__version__}; install numpy<2.4"
+    return None
+
+
+TRITON_REFUSAL = _interpreter_refusal()
+needs_triton = pytest.mark.skipif(TRITON_REFUSAL is not None, reason=str(TRITON_REFUSAL))
+
+
+@pytest.fixture
+def device() -> str:
+    """Where the Triton kernels run: compiled on CUDA tensors, or interpreted on CPU tensors."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def poison():
+    """`torch.empty` returns NaN-filled memory, in C++ too, so that an output nobody writes cannot pass."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """Loader of golden vectors from the folder named by VITKERNELS_GOLDEN: (meta, tensors in float32)."""
+    folder = os.environ.get("VITKERNELS_GOLDEN")
+    if not folder:
+        pytest.skip("VITKERNELS_GOLDEN names no folder of golden vectors")
+    safetensors = pytest.importorskip("safetensors")
+    import json
+
+    def load(name: str):
+        with safetensors.safe_open(pathlib.Path(folder) / f"{name}.safetensors", "pt") as file:
+            meta = json.loads(file.metadata()["meta"])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        return meta, {k: v if k in ("rows", "perm") else v.float() for k, v in tensors.items()}
+
+    return load

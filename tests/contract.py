@@ -1,0 +1,54 @@
+"""The numerical contract: at most twice the error of the reference in the dtype under test, measured against float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+
+def outputs_and_gradients(function: Callable, inputs: Sequence[Tensor], cotangent: Tensor) -> list[Tensor]:
+    """function(*inputs) and the gradient of every input for an output gradient of ``cotangent``."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    out = function(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, cotangent.to(out.dtype))]
+
+
+def assert_contract(
+    function: Callable,  # the implementation under test
+    reference: Callable,  # the specification, of the same arguments
+    inputs: Sequence[Tensor],  # float64; rounded to ``dtype`` here, tables to float32 at least
+    cotangent: Tensor,
+    dtype: torch.dtype,
+    tables: Sequence[int] = (),  # places of the inputs that keep float32, as a bias table does
+    together: Sequence[int] = (),  # inputs too small for a fair maximum each (a handful of elements): the worst of all counts
+    vanishing: Mapping[int, int] = MappingProxyType({}),  # inputs without a gradient in exact arithmetic: whose scale they take
+    device: str = "cpu",
+) -> None:
+    """Output and every gradient of ``function``: err <= 2 err(reference in dtype) + 2 eps max|exact|, and all finite.
+
+    In float64 the reference's own error is unknown and not zero: 64 eps max|exact| instead.
+    """
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    rounded = [x.to(wide if i in tables else dtype) for i, x in enumerate(inputs)]
+    cotangent = cotangent.to(dtype)
+    exact = outputs_and_gradients(reference, [x.double() for x in rounded], cotangent)
+    eager = outputs_and_gradients(reference, rounded, cotangent)
+    ours = outputs_and_gradients(function, [x.to(device) for x in rounded], cotangent.to(device))
+    scales = [_largest(exact[vanishing.get(i - 1, i - 1) + 1]) for i in range(len(exact))]
+    errors = [_largest(b.double() - c) for b, c in zip(eager, exact)]
+    shared = max((errors[i + 1] / scales[i + 1] for i in together), default=0.0)
+    names = ["output", *(f"gradient of input {i}" for i in range(len(inputs)))]
+    for i, (name, a, b, c) in enumerate(zip(names, ours, eager, exact)):
+        assert a.dtype == b.dtype and a.shape == b.shape, f"{name}: {a.dtype} {tuple(a.shape)}, expected {b.dtype} {tuple(b.shape)}"
+        a = a.cpu().double()
+        assert a.isfinite().all(), f"{name}: {(~a.isfinite()).sum().item()} elements are not finite"
+        eager_error = shared * scales[i] if i - 1 in together else errors[i]
+        allowed = 2 * eager_error + (64 if dtype == torch.float64 else 2) * torch.finfo(dtype).eps * scales[i]
+        assert _largest(a - c) <= allowed, f"{name}: error {_largest(a - c):.3e}, allowed {allowed:.3e}"
+
+
+def _largest(x: Tensor) -> float:
+    return x.abs().max().item() if x.numel() else 0.0

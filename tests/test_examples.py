@@ -1,0 +1,75 @@
+"""The examples run end to end, briefly."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+
+from vitkernels import LongShortDistanceAttention
+
+np = pytest.importorskip("numpy")
+Image = pytest.importorskip("PIL.Image")
+pytest.importorskip("matplotlib")
+
+
+@pytest.fixture
+def photo(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "examples"))
+    return importlib.import_module("photo")
+
+
+@pytest.fixture
+def picture(tmp_path) -> Path:
+    path = tmp_path / "picture.png"
+    pixels = np.random.default_rng(0).integers(0, 256, (90, 140, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def test_photo_draws_the_sample_photograph(photo, tmp_path, capsys):
+    pytest.importorskip("sklearn")
+    out = tmp_path / "photo.png"
+    assert photo.main(["--height", "112", "--out", str(out)]) == 0
+    assert Image.open(out).size[0] == 200 * photo.WIDTH and out.stat().st_size > 50_000
+    printed = capsys.readouterr().out
+    assert "112 x 168 pixels, map 28 x 42 tokens" in printed
+    for name in ("SDA: ", "LDA: "):
+        line = next(line for line in printed.splitlines() if line.startswith(name))
+        assert float(line.split()[-1]) < 1e-5  # fused against reference
+
+
+@pytest.mark.parametrize("token", [(0, 0), (20, 34)], ids=["first", "last"])
+def test_photo_takes_any_picture_and_token(photo, picture, tmp_path, token):
+    out = tmp_path / "photo.png"
+    arguments = ["--image", str(picture), "--height", "84", "--token", *map(str, token), "--out", str(out)]
+    assert photo.main(arguments) == 0 and out.exists()
+
+
+def test_photo_refuses_a_token_outside_the_map(photo, picture, capsys):
+    with pytest.raises(SystemExit):
+        photo.main(["--image", str(picture), "--height", "84", "--token", "21", "0"])
+    assert "21 x 35 tokens, got 21 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("interval", [1, 4])
+def test_photo_attention_is_what_the_layer_computes(photo, interval):
+    """With a token's own number as its value, the layer's output is the mean of those numbers under the weights."""
+    torch.manual_seed(0)
+    height, width = 21, 35
+    x = torch.randn(1, height, width, photo.DIM)
+    x[..., 0] = torch.arange(height * width).view(height, width) / 100
+    layer: LongShortDistanceAttention = photo.tied_layer(interval)
+    with torch.no_grad():
+        layer.qkv.weight[2 * photo.DIM :] = 0
+        layer.qkv.weight[2 * photo.DIM :, 0] = 1
+        layer.qkv.bias[2 * photo.DIM :] = 0
+        layer.proj.weight.copy_(torch.eye(photo.DIM))
+        layer.proj.bias.zero_()
+        token = 10 * width + 17
+        group, weights = photo.attention_of(layer, x, token)
+        attended = layer(x)[0].flatten(0, 1)[token].mean()  # over heads
+    assert token in group and weights.sum().item() == pytest.approx(1, abs=1e-5)
+    assert attended.item() == pytest.approx((weights * group / 100).sum().item(), rel=1e-4)

@@ -1,0 +1,74 @@
+"""Imports point one way, read from the source; importing the package imports no triton."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+PACKAGE = pathlib.Path(__file__).parents[1] / "vitkernels"
+FILES = sorted(p.relative_to(PACKAGE.parent).with_suffix("").as_posix().replace("/", ".") for p in PACKAGE.rglob("*.py"))
+
+# what a file may import from the package, by its name within its folder; a folder is an operator
+ALLOWED = {
+    "__init__": {"_dispatch", "partition", "position_bias", "partition_attention", "module", "op", "reference"},
+    "__main__": {"", "_dispatch"},
+    "module": {"_checks", "partition", "op", "reference", "position_bias"},
+    "op": {"_checks", "_dispatch", "partition", "reference", "kernels"},
+    "kernels": {"_triton", "position_bias.kernels"},
+    "reference": {"partition"},
+    "_triton": set(),
+    "_dispatch": {"_native"},
+    "_checks": set(),
+    "_native": set(),
+    "partition": set(),
+}
+
+
+def imports(module: str):
+    """(imported module, names, whether inside a function) for every import of ``module``, made absolute."""
+    path = PACKAGE.parent / (module.replace(".", "/") + ".py")
+    tree = ast.parse(path.read_text())
+    inner = {id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)}
+    parents = module.split(".")
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, id(node) in inner
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(parents[: len(parents) - node.level]) if node.level else ""
+            source = ".".join(filter(None, (base, node.module)))
+            if source == "vitkernels" or node.module is None:  # from . import x, from .. import x
+                yield from ((f"{source}.{alias.name}", id(node) in inner) for alias in node.names)
+            else:
+                yield source, id(node) in inner
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_direction(module):
+    name = module.rsplit(".", 1)[-1]
+    own = module.rsplit(".", 1)[0]
+    for imported, lazy in imports(module):
+        if imported.split(".")[0] == "triton":
+            assert name in ("kernels", "_triton"), f"{module} imports triton"
+        if imported.split(".")[0] != "vitkernels":
+            continue
+        short = imported.removeprefix("vitkernels.").removeprefix(own.removeprefix("vitkernels.") + ".")
+        known = short in ALLOWED[name] or (name in ("__init__", "__main__") and "." not in short)
+        assert known, f"{module} imports {imported}"
+        if short == "kernels":
+            assert lazy, f"{module} imports kernels when it is imported"
+
+
+def test_importing_the_package_imports_no_triton():
+    code = "import sys, vitkernels; raise SystemExit('triton' in sys.modules and 'triton.language' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_benchmarks_and_examples_use_public_names_alone():
+    for path in [*PACKAGE.parent.glob("benchmarks/*.py"), *PACKAGE.parent.glob("examples/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not any(n.startswith("vitkernels.") for n in names), path

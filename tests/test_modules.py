@@ -1,0 +1,206 @@
+"""The layers: golden vectors of the official CrossFormer, a restatement of Swin's, MaxViT's two halves, refusals."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from vitkernels import LongShortDistanceAttention, MaxSA, WindowAttention, window_attention
+
+GOLDEN = ["sda", "lda_i2", "lda_i3", "small_map", "v1_lda_i4", "acl"]
+
+
+class Block(nn.Module):
+    """CrossFormer's block around the layer, with the official parameter names; the cooling layer where the weights have one."""
+
+    def __init__(self, attention: nn.Module, dim: int, hidden: int, cooling: bool):
+        super().__init__()
+        self.norm1, self.attn, self.norm2 = nn.LayerNorm(dim), attention, nn.LayerNorm(dim)
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, hidden), "fc2": nn.Linear(hidden, dim)})
+        if cooling:
+            self.ex_conv, self.ex_ln = nn.Conv2d(dim, dim, 3, padding=1, groups=dim), nn.LayerNorm(dim)
+
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x))
+        x = x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
+        if hasattr(self, "ex_conv"):
+            x = self.ex_ln(self.ex_conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        return x
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden_crossformer_block(name, golden):
+    meta, data = golden(f"crossformer_block_{name}")
+    config = meta["config"]
+    dim, height, width = int(config["dim"]), int(config["H"]), int(config["W"])
+    interval = int(config["interval"]) if config["type"] == "lda" else 1
+    group = None if config["variant"].startswith("v1") and interval > 1 else int(config["group"])
+    weights = {key.removeprefix("sd."): value for key, value in data.items() if key.startswith("sd.")}
+    layer = LongShortDistanceAttention(dim, int(config["heads"]), group, interval)
+    block = Block(layer, dim, weights["mlp.fc1.bias"].numel(), "ex_ln.bias" in weights)
+    block.load_state_dict(weights)
+    x = data["x"].requires_grad_()
+    out = block(x.unflatten(1, (height, width))).flatten(1, 2)
+    tolerance = meta["recommended_tol"]
+    torch.testing.assert_close(out, data["out"], rtol=0, atol=tolerance["out_atol"]["out"])
+    out.backward(data["cot"])
+    gradients = {"grad.x": x.grad, "grad.x.rows": x.grad[:, data["rows"]] if "rows" in data else None} | {f"grad.sd.{key}": p.grad for key, p in block.named_parameters()}
+    compared = 0
+    for key, got in gradients.items():
+        if key not in data:
+            continue
+        expected = data[key]
+        if key in meta["zero_grads"]:
+            assert got.abs().max() < meta["zero_grads_abs_bound"]
+        else:
+            assert (got - expected).abs().max() <= tolerance["grad_rel_to_max"] * expected.abs().max(), key
+        compared += 1
+    assert compared > len(weights), "every weight's and the input's"
+
+
+def test_a_layer_takes_maps_of_every_size_and_keeps_no_trace_of_them():
+    layer = LongShortDistanceAttention(32, 2, 7, 4).eval()
+    first = layer(torch.ones(1, 28, 28, 32))
+    for height, width in ((5, 40), (3, 3), (29, 31), (1, 1)):
+        assert layer(torch.randn(2, height, width, 32)).shape == (2, height, width, 32)
+    assert torch.equal(layer(torch.ones(1, 28, 28, 32)), first)
+
+
+def swin(layer: WindowAttention, x, shift):
+    """Padded, rolled, cut into windows, attended with the nine-region mask, undone: one window at a time."""
+    batch, height, width, dim = x.shape
+    (gh, gw), heads = layer.group, layer.heads
+    x = F.pad(x, (0, 0, 0, -width % gw, 0, -height % gh))
+    padded_h, padded_w = x.shape[1:3]
+    x = x.roll((-shift[0], -shift[1]), (1, 2))
+    region = torch.zeros(padded_h, padded_w)
+    for i, rows in enumerate((slice(0, -gh), slice(-gh, -shift[0] or None), slice(-shift[0] or padded_h, None))):
+        for j, columns in enumerate((slice(0, -gw), slice(-gw, -shift[1] or None), slice(-shift[1] or padded_w, None))):
+            region[rows, columns] = 3 * i + j
+    table = layer.relative_position_bias_table.view(2 * gh - 1, 2 * gw - 1, heads)
+    out = torch.zeros_like(x)
+    for top in range(0, padded_h, gh):
+        for left in range(0, padded_w, gw):
+            here = (slice(None), slice(top, top + gh), slice(left, left + gw))
+            q, k, v = layer.qkv(x[here]).reshape(batch, gh * gw, 3, heads, dim // heads).permute(2, 0, 3, 1, 4)
+            logits = q @ k.transpose(-1, -2) * (dim // heads) ** -0.5
+            for a in range(gh * gw):
+                for b in range(gh * gw):
+                    logits[:, :, a, b] += table[a // gw - b // gw + gh - 1, a % gw - b % gw + gw - 1]
+            ids = region[here[1:]].flatten()
+            logits = logits - 100.0 * (ids[:, None] != ids)
+            out[here] = (logits.softmax(-1) @ v).transpose(1, 2).reshape(batch, gh, gw, dim)
+    return layer.proj(out.roll(shift, (1, 2))[:, :height, :width])
+
+
+@pytest.mark.parametrize("size", [(8, 12), (7, 10)])
+@pytest.mark.parametrize("window, shift", [((4, 4), (0, 0)), ((4, 4), (2, 2)), ((4, 3), (1, 2))])
+def test_window_attention_is_swins(size, window, shift):
+    torch.manual_seed(0)
+    layer = WindowAttention(32, 2, window, shift).double()
+    nn.init.normal_(layer.relative_position_bias_table)
+    x = torch.randn(2, *size, 32, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), swin(layer, x, shift))
+
+
+def test_an_axis_of_one_window_is_not_shifted():
+    layer = WindowAttention(32, 2, 7, 3)
+    x = torch.randn(1, 5, 14, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), swin(layer, x, (0, 3)))
+
+
+def test_maxsa_block_and_grid():
+    torch.manual_seed(0)
+    x = torch.randn(2, 12, 8, 32)
+    block, grid = MaxSA(32, 2, "block", 4), MaxSA(32, 2, "grid", 4)
+    grid.load_state_dict(block.state_dict())
+    nn.init.normal_(block.relative_position_bias_table)
+    grid.relative_position_bias_table = block.relative_position_bias_table
+    # a grid of 4 x 4 tokens over 12 x 8 is the block attention of the map with (grid, cell) axes exchanged
+    exchange = x.unflatten(2, (4, 2)).unflatten(1, (4, 3)).transpose(1, 2).transpose(3, 4).flatten(3, 4).flatten(1, 2)
+    back = block(exchange).unflatten(2, (2, 4)).unflatten(1, (3, 4)).transpose(1, 2).transpose(3, 4).flatten(3, 4).flatten(1, 2)
+    torch.testing.assert_close(grid(x), back)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [LongShortDistanceAttention(32, 2, 3, 2), WindowAttention(32, 2, 4, 2), MaxSA(32, 2, "grid", 4)],
+    ids=lambda layer: type(layer).__name__,
+)
+class TestLayer:
+    def test_every_parameter_learns(self, layer):
+        layer = copy.deepcopy(layer)
+        layer(torch.randn(2, 9, 10, 32)).square().sum().backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
+
+    def test_state_round_trip(self, layer):
+        buffer = io.BytesIO()
+        torch.save(layer.state_dict(), buffer)
+        buffer.seek(0)
+        other = copy.deepcopy(layer)
+        for p in other.parameters():
+            nn.init.normal_(p)
+        other.load_state_dict(torch.load(buffer, weights_only=True))
+        x = torch.randn(1, 8, 8, 32)
+        assert torch.equal(layer(x), other(x))
+
+    def test_autocast_and_half(self, layer):
+        x = torch.randn(1, 8, 8, 32)
+        expected = layer(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = layer(x)
+        assert out.dtype == torch.bfloat16
+        torch.testing.assert_close(out.float(), expected, atol=0.05, rtol=0.05)
+        half = copy.deepcopy(layer).bfloat16()(x.bfloat16())
+        torch.testing.assert_close(half.float(), expected, atol=0.05, rtol=0.05)
+
+    def test_compile(self, layer):
+        torch.compiler.reset()
+        x = torch.randn(1, 9, 10, 32)
+        torch.testing.assert_close(torch.compile(layer, fullgraph=True)(x), layer(x))
+
+    def test_export(self, layer):
+        x = torch.randn(1, 9, 10, 32)
+        program = torch.export.export(copy.deepcopy(layer).eval(), (x,))
+        torch.testing.assert_close(program.module()(x), layer(x))
+
+    def test_empty_batch(self, layer):
+        assert layer(torch.randn(0, 9, 10, 32)).shape == (0, 9, 10, 32)
+
+    def test_refusals(self, layer):
+        with pytest.raises(ValueError, match=r"x must be \[B, H, W, C\], got 3 dimensions"):
+            layer(torch.randn(2, 81, 32))
+        with pytest.raises(ValueError, match=r"with C = 32, got \[2, 32, 9, 9\]; NCHW maps need a permute"):
+            layer(torch.randn(2, 32, 9, 9))
+
+
+@pytest.mark.parametrize(
+    "make, error, message",
+    [
+        (lambda: LongShortDistanceAttention(30, 4), ValueError, "dim must be a multiple of heads, got dim 30 and 4 heads"),
+        (lambda: LongShortDistanceAttention(32, 0), ValueError, "heads must be at least 1"),
+        (lambda: LongShortDistanceAttention(32.0, 2), TypeError, "dim must be an int"),
+        (lambda: LongShortDistanceAttention(32, 2, 0), ValueError, "group must be at least 1"),
+        (lambda: WindowAttention(32, 2, 7, 7), ValueError, "shift must be smaller than the window"),
+        (lambda: MaxSA(32, 2, "both"), ValueError, "mode must be 'block' or 'grid', got 'both'"),
+    ],
+)
+def test_constructor_refusals(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_the_table_layers_use_the_functional_table_layout():
+    layer = WindowAttention(32, 2, (3, 4))
+    nn.init.normal_(layer.relative_position_bias_table)
+    x = torch.randn(1, 6, 8, 32)
+    qkv = layer.qkv(x).view(1, 6, 8, 3, 2, 16)
+    bias = layer.relative_position_bias_table.t().reshape(2, 5, 7)
+    torch.testing.assert_close(layer(x), layer.proj(window_attention(qkv, bias, window_size=(3, 4)).flatten(-2)))

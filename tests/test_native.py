@@ -1,0 +1,302 @@
+"""The C++ library: its headers through bindings of their own, every vector level, its memory accesses, its determinism."""
+
+import importlib.util
+import os
+import platform
+import random
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+
+from vitkernels import Partition, _native, partition_attention
+from vitkernels.partition_attention.reference import partition_attention as reference
+from vitkernels.partition_attention.reference import relative_position_index
+
+ROOT = Path(__file__).parents[1]
+LEVELS = ("avx512", "avx2", "default")
+MARCH = {"avx512": ["-march=x86-64-v4"], "avx2": ["-march=x86-64-v3"], "default": []}
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+needs_native = pytest.mark.skipif(not _native.available, reason=str(_native.reason))
+
+
+def supported(level: str) -> bool:
+    """Whether this machine runs code for ``level``."""
+    if level == "default":
+        return True
+    return _native.available and platform.machine() in ("x86_64", "AMD64") and _run_level(level) == level
+
+
+def _run(code: str, level: str = "", *arguments: str) -> str:
+    """What Python prints for ``code``, in a process of its own, with the vectors of ``level``."""
+    environment = os.environ | ({"VITKERNELS_CPU_CAPABILITY": level} if level else {})
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done.stdout.strip()
+
+
+def _run_level(level: str) -> str:
+    return _run("from vitkernels import _native; print(_native.capability())", level)
+
+
+@pytest.fixture(scope="module", params=LEVELS)
+def bindings(request, tmp_path_factory):
+    """csrc's headers as a Python module, compiled for one vector level."""
+    pybind11 = pytest.importorskip("pybind11")
+    pytest.importorskip("numpy")
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    if not supported(request.param):
+        pytest.skip(f"this machine has no {request.param}")
+    library = tmp_path_factory.mktemp(request.param) / f"bindings{sysconfig.get_config_var('EXT_SUFFIX')}"
+    includes = [pybind11.get_include(), sysconfig.get_paths()["include"], str(ROOT / "csrc")]
+    command = [compiler, "-std=c++17", "-O1", "-ffp-contract=fast", "-Wno-psabi", "-shared", "-fPIC", "-fvisibility=hidden"]
+    command += [*MARCH[request.param], f"-DVITKERNELS_LEVEL=tested_{request.param}", *(f"-I{path}" for path in includes)]
+    subprocess.run([*command, str(ROOT / "tests/cpp/bindings.cpp"), "-o", str(library)], check=True)
+    spec = importlib.util.spec_from_file_location("bindings", library)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def geometries(count: int, seed: int = 0):
+    """Random (height, width, concrete partition): shifts, derived sizes, maps that do not divide."""
+    rng = random.Random(seed)
+    for _ in range(count):
+        height, width = rng.randint(1, 30), rng.randint(1, 30)
+        axes = []
+        for length in (height, width):
+            group, interval = rng.randint(1, 8), rng.randint(1, 5)
+            kind = rng.choice(("fixed", "grid", "whole"))
+            axes.append((None if kind == "whole" else group, None if kind == "grid" else interval))
+        partition = Partition(*zip(*axes)).on(height, width)
+        if rng.random() < 0.4:  # make the map a multiple, and shift it
+            regions = partition.regions(height, width)
+            height, width = (r * g * i for r, g, i in zip(regions, partition.group, partition.interval))
+            shift = tuple(rng.randint(0, g * i - 1) for g, i in zip(partition.group, partition.interval))
+            partition = Partition(partition.group, partition.interval, shift).on(height, width)
+        yield height, width, partition
+
+
+def test_index_map_is_that_of_partition(bindings):
+    for height, width, partition in geometries(300):
+        index, wrapped = bindings.index((height, width), partition.group, partition.interval, partition.shift)
+        inside = partition.index(height, width) >= 0
+        assert torch.equal(torch.from_numpy(index), partition.index(height, width)), (height, width, partition)
+        expected = partition.wrapped(height, width) & inside[..., None]
+        assert torch.equal(torch.from_numpy(wrapped), expected), (height, width, partition)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_products(bindings, dtype):
+    """Around every tile size; small integers, so that the result is exact."""
+    product, transposition = (getattr(bindings, f"{name}_{dtype}") for name in ("product", "transposition"))
+    torch.manual_seed(0)
+    for rows in (1, 2, 5, 6, 7, 8, 9, 17, 49):
+        for depth in (1, 31, 257):
+            for columns in (1, 8, 17, 49, 64, 65, 100):
+                a = torch.randint(-3, 4, (rows, depth)).to(getattr(torch, dtype))
+                b = torch.randint(-3, 4, (depth, columns)).to(a.dtype)
+                assert torch.equal(torch.from_numpy(product(a.numpy(), b.numpy(), False)), a @ b)
+                assert torch.equal(torch.from_numpy(product(a.T.contiguous().numpy(), b.numpy(), True)), a @ b)
+                assert torch.equal(torch.from_numpy(transposition(b.numpy())), b.T)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_exp(bindings, dtype):
+    dtype = getattr(torch, dtype)
+    lowest = -87 if dtype == torch.float32 else -708
+    exp = getattr(bindings, f"exp_{str(dtype)[6:]}")
+    x = torch.linspace(lowest, 0, 100_003, dtype=dtype)
+    exact = x.double().exp() if dtype == torch.float32 else x.exp()
+    error = (torch.from_numpy(exp(x.numpy())).double() / exact - 1).abs().max()
+    assert error < 2 * torch.finfo(dtype).eps
+    special = torch.tensor([0, -1e4, -1e30, -torch.inf, torch.nan], dtype=dtype)
+    assert torch.from_numpy(exp(special.numpy())).nan_to_num(7).tolist() == [1, 0, 0, 0, 7]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_storage_in_16_bits(bindings, dtype):
+    """Every pattern is read as torch reads it, and floats round as torch rounds them."""
+    name = str(dtype)[6:]
+    patterns = torch.arange(65536, dtype=torch.int32).to(torch.int16)
+    wide = torch.from_numpy(getattr(bindings, f"widen_{name}")(patterns.numpy().view("uint16")))
+    assert torch.equal(wide.nan_to_num(7.5), patterns.view(dtype).float().nan_to_num(7.5))
+    torch.manual_seed(0)
+    finite = patterns.view(dtype).float()
+    halves = (finite[1:] + finite[:-1]) / 2  # ties
+    scattered = torch.randn(100_000) * 10 ** torch.empty(100_000).uniform_(-10, 6)
+    for x in (finite, halves, scattered, torch.tensor([65519.9, 65520.0, 1e30, torch.inf, -torch.inf, torch.nan, -0.0])):
+        narrow = torch.from_numpy(getattr(bindings, f"narrow_{name}")(x.numpy()).view("int16")).view(dtype)
+        assert torch.equal(narrow.nan_to_num(7.5), x.to(dtype).nan_to_num(7.5))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("group", [(1, 1), (7, 7), (3, 11), (4, 16), (17, 2)])
+def test_weights_of_one_group(bindings, dtype, group):
+    torch.manual_seed(0)
+    dtype = getattr(torch, dtype)
+    tokens = group[0] * group[1]
+    q, k = torch.randn(2, tokens, 19, dtype=dtype)
+    bias = torch.randn(2 * group[0] - 1, 2 * group[1] - 1, dtype=dtype)
+    weights = getattr(bindings, f"weights_{str(dtype)[6:]}")(q.numpy(), k.numpy(), bias.flip(0, 1).contiguous().numpy(), group)
+    exact = (q.double() @ k.double().T + bias.double().flatten()[relative_position_index(group)]).softmax(-1)
+    assert (torch.from_numpy(weights) - exact).abs().max() < 20 * torch.finfo(dtype).eps
+
+
+CONTRACT = """
+import sys, torch, vitkernels
+from vitkernels import Partition, _native, partition_attention
+from vitkernels.partition_attention.reference import partition_attention as reference
+from contract import assert_contract
+assert _native.capability() == sys.argv[1]
+torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty holds NaN
+torch.manual_seed(0)
+for height, width, heads, head_dim, partition in [
+    (14, 14, 5, 32, Partition.window(7)),
+    (15, 9, 2, 24, Partition.long(7, 2)),
+    (14, 21, 1, 64, Partition.window(7, 3)),
+    (20, 20, 2, 5, Partition.long((3, 7), (4, 1))),
+    (12, 8, 1, 72, Partition.window(4)),
+    (14, 14, 1, 96, Partition.window(14)),
+    (15, 18, 2, 16, Partition.interval_only(1)),
+]:
+    table = [2 * g - 1 for g in partition.on(height, width).group]
+    inputs = [torch.randn(2, height, width, heads, head_dim).double() for _ in range(3)] + [torch.randn(heads, *table).double()]
+    cotangent = torch.randn(2, height, width, heads, head_dim)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        assert_contract(
+            lambda q, k, v, bias: partition_attention(q, k, v, partition, bias, backend="cpu"),
+            lambda q, k, v, bias: reference(q, k, v, partition, bias),
+            inputs, cotangent.double(), dtype, tables=(3,),
+        )
+"""
+
+
+@needs_native
+@pytest.mark.parametrize("level", LEVELS)
+def test_every_level_holds_the_contract(level):
+    if not supported(level):
+        pytest.skip(f"this machine has no {level}")
+    _run(CONTRACT, level, level)
+
+
+@needs_native
+def test_float64_is_exact_to_rounding():
+    torch.manual_seed(0)
+    inputs = [torch.randn(1, 15, 9, 2, 24, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    inputs.append(torch.randn(2, 13, 13, dtype=torch.float64, requires_grad=True))
+    for partition in (Partition.long(7, 2), Partition.window(7)):
+        results = []
+        for function in (lambda *x: partition_attention(*x, backend="cpu"), reference):
+            out = function(*inputs[:3], partition, inputs[3])
+            results.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
+        for ours, exact in zip(*results):
+            assert (ours - exact).abs().max() <= 1e-14 * exact.abs().max()
+
+
+GUARDED = """
+import ctypes, mmap, sys, torch
+from vitkernels import Partition, partition_attention
+
+PAGE = mmap.PAGESIZE
+libc = ctypes.CDLL(None, use_errno=True)
+keep = []
+
+def guarded(x, at_end):
+    '''x in memory whose end, or start, touches a page that must not be accessed.'''
+    size = x.numel() * x.element_size()
+    pages = -(-size // PAGE)
+    memory = mmap.mmap(-1, (pages + 2) * PAGE)
+    keep.append(memory)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    for page in (0, pages + 1):
+        assert libc.mprotect(ctypes.c_void_p(address + page * PAGE), ctypes.c_size_t(PAGE), 0) == 0
+    offset = PAGE + (pages * PAGE - size if at_end else 0)
+    y = torch.frombuffer(memory, dtype=x.dtype, count=x.numel(), offset=offset).view(x.shape)
+    return y.copy_(x)
+
+torch.manual_seed(0)
+run = torch.ops.vitkernels
+for height, width, heads, head_dim, partition in [
+    (7, 7, 1, 32, Partition.window(7)), (5, 9, 2, 24, Partition.long((3, 2), 2)), (4, 4, 1, 1, Partition.window(4)),
+    (6, 6, 3, 19, Partition.window(3, 1)), (20, 15, 1, 72, Partition.interval_only(1)),
+]:
+    partition = partition.on(height, width)
+    geometry = (*partition.group, *partition.interval, *partition.shift)
+    for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        q, k, v, dout = torch.randn(4, 2, height, width, heads, head_dim).to(dtype)
+        bias = torch.randn(heads, *(2 * g - 1 for g in partition.group)).to(wide)
+        for at_end in (False, True):
+            x = [guarded(t, at_end) for t in (q, k, v, bias)]
+            out, statistic = run.partition_attention_forward(*x, [], False, *geometry, 0.2)
+            dqkv, dbias = run.partition_attention_backward(guarded(dout, at_end), *x, [], False, statistic, *geometry, 0.2)
+            assert all(t.isfinite().all() for t in (out, dqkv, dbias))
+print("untouched")
+"""
+
+
+@needs_native
+@pytest.mark.parametrize("level", LEVELS)
+def test_no_access_outside_the_tensors(level):
+    if not supported(level):
+        pytest.skip(f"this machine has no {level}")
+    assert _run(GUARDED, level) == "untouched"
+
+
+@needs_native
+@pytest.mark.parametrize("batch", [1, 3])
+def test_same_bits_for_any_number_of_threads(batch):
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    qkv = [torch.randn(batch, 30, 30, 5, 32, requires_grad=True) for _ in range(3)]
+    bias = torch.randn(5, 13, 13, requires_grad=True)
+    results = []
+    try:
+        for count in (1, 2, 5, 1):
+            torch.set_num_threads(count)
+            out = partition_attention(*qkv, Partition.long(7, 2), bias, backend="cpu")
+            results.append([out, *torch.autograd.grad(out.square().sum(), [*qkv, bias])])
+    finally:
+        torch.set_num_threads(threads)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0]))
+
+
+@needs_native
+def test_large_groups_need_little_memory():
+    """One group of 4,096 tokens: its scores alone would take 64 MiB."""
+    import resource
+
+    q, k, v = torch.randn(3, 1, 64, 64, 1, 8)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    out = partition_attention(q, k, v, Partition.grid(64), backend="cpu")
+    assert out.isfinite().all()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 32 * 1024
+
+
+@needs_native
+def test_refusals():
+    q = torch.randn(1, 7, 7, 1, 8)
+    run = torch.ops.vitkernels.partition_attention_forward
+    with pytest.raises(RuntimeError, match="as a table"):
+        run(q, q, q, None, [torch.zeros(1)], False, 7, 7, 1, 1, 0, 0, 1.0)
+    with pytest.raises(RuntimeError, match="float32, float64, float16 or bfloat16"):
+        run(q.int(), q.int(), q.int(), None, [], False, 7, 7, 1, 1, 0, 0, 1.0)
+    with pytest.raises(RuntimeError, match="bias must be"):
+        run(q, q, q, torch.zeros(1, 3, 3), [], False, 7, 7, 1, 1, 0, 0, 1.0)
+
+
+def test_absence_says_what_to_do(monkeypatch):
+    monkeypatch.setattr(_native, "_find", lambda: None)
+    library, reason = _native._load()
+    assert library is None and "pip install --no-build-isolation" in reason

@@ -1,0 +1,37 @@
+"""Fused attention for hierarchical vision transformers, on NVIDIA GPUs (Triton) and CPUs (C++).
+
+A partition is an index map; attention inside a group is one kernel; everything else is vocabulary.
+"""
+
+from ._dispatch import info
+from .partition import Partition
+from .partition_attention import (
+    LongShortDistanceAttention,
+    MaxSA,
+    WindowAttention,
+    block_attention,
+    grid_attention,
+    lsda_attention,
+    partition_attention,
+    partition_attention_qkvpacked,
+    window_attention,
+)
+from .position_bias import DynamicPositionBias, dynamic_position_bias
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DynamicPositionBias",
+    "LongShortDistanceAttention",
+    "MaxSA",
+    "Partition",
+    "WindowAttention",
+    "block_attention",
+    "dynamic_position_bias",
+    "grid_attention",
+    "info",
+    "lsda_attention",
+    "partition_attention",
+    "partition_attention_qkvpacked",
+    "window_attention",
+]

@@ -1,0 +1,77 @@
+"""Checks of the public functions: each says what was expected, what came and what to do."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def shape_of(x: Tensor) -> str:
+    return "[" + ", ".join(map(str, x.shape)) + "]"
+
+
+def check_tensor(name: str, x: object, layout: str) -> None:
+    """``x`` is a floating-point tensor with as many dimensions as ``layout`` names, as in "[B, H, W, heads, head_dim]"."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor {layout}, got {type(x).__name__}")
+    if x.dim() != layout.count(",") + 1:
+        raise ValueError(f"{name} must be {layout}, got {x.dim()} dimensions: {shape_of(x)}")
+    if x.dtype not in DTYPES:
+        allowed = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+        raise TypeError(f"{name} must be one of {allowed}, got {str(x.dtype).removeprefix('torch.')}; convert it first")
+
+
+def check_alike(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """q, k and v agree in shape, dtype and device."""
+    for name, x in (("k", k), ("v", v)):
+        if x.shape != q.shape:
+            raise ValueError(f"q, k and v must have one shape, got q {shape_of(q)} and {name} {shape_of(x)}")
+        if x.dtype != q.dtype:
+            raise TypeError(f"q, k and v must have one dtype, got q {q.dtype} and {name} {x.dtype}; convert one of them")
+        check_device("q", q, name, x)
+
+
+def check_device(first: str, x: Tensor, second: str, y: Tensor) -> None:
+    if x.device != y.device:
+        raise ValueError(f"{first} and {second} must be on one device, got {x.device} and {y.device}; move one with .to()")
+
+
+def check_table(bias: object, q: Tensor, group: tuple[int, int]) -> None:
+    """``bias`` is a relative position table for q's heads and ``group``."""
+    layout = "[heads, 2 * group_h - 1, 2 * group_w - 1]"
+    check_tensor("bias", bias, layout)
+    expected = (q.shape[-2], 2 * group[0] - 1, 2 * group[1] - 1)
+    if tuple(bias.shape) != expected:
+        raise ValueError(
+            f"bias must be {layout} = {list(expected)} for {expected[0]} heads and groups of {group[0]} x {group[1]} tokens, "
+            f"got {shape_of(bias)}"
+        )
+    check_device("q", q, "bias", bias)
+
+
+def check_scale(scale: object, head_dim: int) -> float:
+    """``scale`` as a float; None is head_dim ** -0.5."""
+    if scale is None:
+        return head_dim**-0.5
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"scale must be a number or None (head_dim ** -0.5), got {type(scale).__name__}")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")
+    return float(scale)
+
+
+def follow_autocast(x: Tensor) -> Tensor:
+    """``x`` in the dtype that autocast asks for on its device; float64 stays."""
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(kind))
+    return x
+
+
+def accumulation_dtype(x: Tensor) -> torch.dtype:
+    """What logits, bias and sums are held in: float32, float64 for float64."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -1,0 +1,153 @@
+"""Which backend runs an operator, and how operators are registered with torch.library.
+
+Every operator is one schema in the namespace ``vitkernels``. Its CUDA implementation is a Triton launcher, imported at the first call;
+its CPU implementation is registered by the C++ library when that loads. With ``TRITON_INTERPRET=1`` a twin named
+``<operator>_interpreted`` runs the Triton launcher on CPU tensors.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import platform
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from . import _native
+
+BACKENDS = ("triton", "cpu", "reference")
+LIBRARY = torch.library.Library("vitkernels", "DEF")
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run in Triton's interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def define(name: str, schema: str, fake: Callable, launcher: str) -> None:
+    """Register operator ``name``.
+
+    Args:
+        fake: makes outputs of the right shape, from the operator's arguments and ``interpreted=``, whether it is the twin's.
+        launcher: the module whose function ``name`` launches the Triton kernels.
+    """
+
+    def launch(*args):
+        return getattr(importlib.import_module(launcher), name)(*args)
+
+    def register(name: str, key: str, interpreted: bool) -> None:
+        LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"vitkernels::{name}", partial(fake, interpreted=interpreted), lib=LIBRARY)
+        LIBRARY.impl(name, launch, key)
+
+    register(name, "CUDA", False)
+    if interpreted():
+        register(f"{name}_interpreted", "CPU", True)
+
+
+def operator(name: str, backend: str, device: torch.device) -> Callable:
+    """The registered operator ``name`` as ``backend`` runs it on ``device``."""
+    suffix = "_interpreted" if backend == "triton" and device.type == "cpu" else ""
+    return getattr(torch.ops.vitkernels, name + suffix).default
+
+
+def _triton_absent() -> str | None:
+    """Why no Triton kernel can run here, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (it comes with CUDA builds of torch on Linux; otherwise: pip install triton)"
+    if not torch.cuda.is_available() and not interpreted():
+        return "no CUDA device; set TRITON_INTERPRET=1 before Python starts to run the kernels, slowly, on CPU tensors"
+    return None
+
+
+def _cpu_absent() -> str | None:
+    """Why the C++ kernels cannot run here, or None."""
+    return None if _native.available else _native.reason
+
+
+_ABSENT: dict[str, Callable[[], str | None]] = {
+    "triton": _triton_absent,
+    "cpu": _cpu_absent,
+    "reference": lambda: None,
+}
+
+
+def _default(device: torch.device) -> str:
+    """CUDA tensors: Triton. CPU tensors: C++ if it is built, else the reference. Other devices: the reference."""
+    if device.type == "cuda":
+        return "triton"
+    return "cpu" if device.type == "cpu" and _native.available else "reference"
+
+
+def _wrong_device(backend: str, device: torch.device) -> str | None:
+    if backend == "cpu" and device.type != "cpu":
+        return f"it takes CPU tensors, got {device}"
+    if backend == "triton" and device.type != "cuda" and not (device.type == "cpu" and interpreted()):
+        return f"it takes CUDA tensors, got {device} (TRITON_INTERPRET=1 would interpret the kernels on CPU tensors)"
+    return None
+
+
+def select(name: str, device: torch.device, backend: str | None, refusal: Callable[[str], str | None]) -> str:
+    """The backend that runs operator ``name``: ``backend`` if it is given, else the device's own. Never another one.
+
+    Raises:
+        ValueError: no such backend.
+        RuntimeError: it cannot run here or cannot run this call (``refusal(backend)`` says why).
+    """
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, got {backend!r}")
+    chosen = backend or _default(device)
+    if chosen == "reference":
+        return chosen
+    why = _ABSENT[chosen]() or _wrong_device(chosen, device) or refusal(chosen)
+    if why:
+        raise RuntimeError(f"{chosen} cannot run {name}: {why}. backend='reference' runs anywhere")
+    return chosen
+
+
+class Info(dict):
+    """What `info` found; prints as a table."""
+
+    def __str__(self) -> str:
+        width = max(map(len, self))
+        return "\n".join(f"{key:<{width}}  {value}" for key, value in self.items())
+
+    __repr__ = __str__
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.import_module("importlib.metadata").version(package)
+    except Exception:
+        return "not installed"
+
+
+def info() -> Info:
+    """Versions, devices and backends; for a backend that is absent, why.
+
+    Returns:
+        A dict of strings that prints as a table.
+    """
+    found = Info()
+    found["vitkernels"] = _version("vitkernels")
+    found["python"] = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    found["torch"] = f"{torch.__version__}" + (f", CUDA {torch.version.cuda}" if torch.version.cuda else "")
+    found["triton"] = _version("triton")
+    found["threads"] = str(torch.get_num_threads())
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    found["CUDA devices"] = ", ".join(devices) or "none"
+    for backend, absent in _ABSENT.items():
+        why = absent()
+        found[f"backend {backend}"] = f"absent: {why}" if why else _describe(backend)
+    return found
+
+
+def _describe(backend: str) -> str:
+    if backend == "triton":
+        return "available, interpreted on CPU tensors" if interpreted() else "available, the default for CUDA tensors"
+    if backend == "cpu":
+        return f"available, the default for CPU tensors; vectors: {_native.capability()}"
+    return "available" + ("" if _native.available else ", the default for CPU tensors while the C++ library is absent")

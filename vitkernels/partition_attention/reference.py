@@ -1,0 +1,48 @@
+"""Partition attention in plain PyTorch: the specification. Any floating dtype, any device, differentiable any number of times."""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from ..partition import Partition
+
+SHIFT_PENALTY = -100.0  # added to the logit of a pair that only the cyclic shift brought together, as every published Swin does
+
+
+def relative_position_index(group: tuple[int, int], device=None) -> Tensor:
+    """Row of a flattened ``[2Gh-1, 2Gw-1]`` table for each (query, key), ``[N, N]`` int64: the offset is query minus key."""
+    gh, gw = group
+    token = torch.arange(gh * gw, device=device)
+    y, x = token // gw, token % gw
+    return (y[:, None] - y + gh - 1) * (2 * gw - 1) + (x[:, None] - x + gw - 1)
+
+
+def partition_attention(
+    q: Tensor,  # [B, H, W, heads, head_dim]
+    k: Tensor,  # [B, H, W, heads, head_dim]
+    v: Tensor,  # [B, H, W, heads, head_dim]
+    partition: Partition,
+    bias: Tensor | None = None,  # [heads, 2Gh-1, 2Gw-1]
+    scale: float | None = None,
+) -> Tensor:  # [B, H, W, heads, head_dim]
+    """softmax(scale * q k^T + bias) v inside every group of ``partition``."""
+    _, height, width, _, head_dim = q.shape
+    partition = partition.on(height, width)
+    scale = head_dim**-0.5 if scale is None else scale
+
+    q, k, v = (rearrange(partition.split(x), "b g n h d -> b g h n d") for x in (q, k, v))
+    logits = (q * scale) @ k.transpose(-1, -2)  # [B, groups, heads, N, N]
+    if bias is not None:
+        index = relative_position_index(partition.group, bias.device)
+        logits = logits + bias.to(logits.dtype).flatten(1)[:, index]
+    if any(partition.shift):
+        over = partition.wrapped(height, width, q.device)
+        apart = (over[:, :, None] != over[:, None, :]).any(-1)  # [groups, N, N]
+        logits = logits + SHIFT_PENALTY * apart[:, None].to(logits.dtype)
+    outside = partition.index(height, width, q.device) < 0  # [groups, N]
+    # the lowest finite value, not -inf: weight exactly 0 beside any key of the map, and finite where a whole group lies outside
+    logits = logits.masked_fill(outside[:, None, None, :], torch.finfo(logits.dtype).min)
+    out = logits.softmax(-1) @ v
+    return partition.merge(rearrange(out, "b g h n d -> b g n h d"), height, width)

@@ -1,0 +1,124 @@
+"""The dynamic position bias as a layer."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import _checks
+from ..partition import Size, as_pair
+from .op import evaluate
+
+
+class _Table(NamedTuple):
+    """A table that was kept, what it was made from, and in which state both were."""
+
+    table: Tensor
+    parameters: tuple[Tensor, ...]  # aliases: while they live, their memory is not given to other weights
+    stamp: tuple
+
+
+def _stamp(tensors: tuple[Tensor, ...]) -> tuple | None:
+    """Changes with every change that autograd or the allocator sees; None for tensors that tell of none."""
+    try:
+        return tuple((x.data_ptr(), x._version, x.dtype, x.device) for x in tensors)
+    except RuntimeError:
+        return None
+
+
+class DynamicPositionBias(nn.Module):
+    """CrossFormer's dynamic position bias: a small MLP from the offset between two tokens to a bias for every head.
+
+    "CrossFormer: A Versatile Vision Transformer Hinging on Cross-scale Attention" (Wang et al., ICLR 2022), section
+    3.3. Parameters are named as in the official code: ``pos_proj``, ``pos1``, ``pos2``, ``pos3``. One set of weights
+    serves groups of every size. The MLP runs in float32 (float64 for float64 parameters), under autocast and with
+    half-precision parameters too.
+
+    In eval mode, where no gradient is wanted, the table is computed once and kept until a parameter changes. A change
+    that autograd does not see, in place through ``parameter.data``, needs `clear_cache`, `eval` or `train` after it.
+
+    Args:
+        dim: channels C of the attention layer; the hidden width is ``dim // 16``, as in the official weights.
+        heads: attention heads.
+        residual: residual connections around ``pos1`` and ``pos2``.
+
+    Shape:
+        group size, an int or (height, width) in tokens, to the table ``[heads, 2Gh-1, 2Gw-1]``.
+    """
+
+    _KEPT = 16  # tables at most; groups derived from maps of many sizes would otherwise add up
+
+    def __init__(self, dim: int, heads: int, residual: bool = False):
+        super().__init__()
+        if dim < 16 or heads < 1:
+            raise ValueError(f"dim must be at least 16 and heads at least 1, got dim {dim} and {heads} heads")
+        self.hidden, self.heads, self.residual = dim // 16, heads, residual
+        self.pos_proj = nn.Linear(2, self.hidden)
+        self.pos1 = self._block(self.hidden)
+        self.pos2 = self._block(self.hidden)
+        self.pos3 = self._block(heads)
+        self._tables: dict[tuple, _Table] = {}
+
+    def _block(self, out: int) -> nn.Sequential:
+        return nn.Sequential(nn.LayerNorm(self.hidden), nn.ReLU(), nn.Linear(self.hidden, out))
+
+    def weights(self) -> tuple[Tensor, ...]:
+        """The 14 parameters in the order that the operators take, float16 and bfloat16 converted to float32."""
+        return tuple(x.to(_checks.accumulation_dtype(x)) for x in self._stored())
+
+    def _stored(self) -> tuple[Tensor, ...]:
+        blocks = ((norm, linear) for norm, _, linear in (self.pos1, self.pos2, self.pos3))
+        layers = (self.pos_proj, *(layer for block in blocks for layer in block))
+        return tuple(x for layer in layers for x in (layer.weight, layer.bias))
+
+    def constant(self) -> bool:
+        """Whether the table may be kept: eval mode, no gradient wanted, no graph being captured."""
+        if self.training or torch.compiler.is_compiling():
+            return False
+        if self.pos_proj.weight.is_cuda and torch.cuda.is_current_stream_capturing():
+            return False  # the table would be in the graph's memory, or the graph would outlive the table
+        return not (torch.is_grad_enabled() and any(x.requires_grad for x in self.parameters()))
+
+    def forward(self, group_size: Size, *, backend: str | None = None) -> Tensor:  # [heads, 2Gh-1, 2Gw-1]
+        """The table for groups of ``group_size`` tokens.
+
+        Args, result and errors as of `dynamic_position_bias`.
+        """
+        stored = self._stored() if self.constant() else ()
+        stamp = _stamp(stored) if stored else None
+        if stamp is None:
+            return evaluate(self.weights(), group_size, self.residual, backend)
+        # work of one CUDA stream is not ordered before that of another
+        stream = torch.cuda.current_stream(stored[0].device) if stored[0].is_cuda else None
+        key = (as_pair(group_size, "group_size", 1), backend, stream)
+        kept = self._tables.get(key)
+        if kept is None or kept.stamp != (*stamp, kept.table._version):
+            kept = self._tables[key] = self._keep(stored, stamp, group_size, backend)
+        return kept.table
+
+    def _keep(self, stored: tuple[Tensor, ...], stamp: tuple, group_size: Size, backend: str | None) -> _Table:
+        if len(self._tables) >= self._KEPT:
+            self._tables.clear()
+        with torch.inference_mode(False), torch.no_grad():  # a table that may be used outside inference mode too
+            table = evaluate(self.weights(), group_size, self.residual, backend)
+            return _Table(table, tuple(x.detach() for x in stored), (*stamp, table._version))
+
+    def clear_cache(self) -> None:
+        """Forget the tables that were kept."""
+        self._tables.clear()
+
+    def train(self, mode: bool = True) -> DynamicPositionBias:
+        self.clear_cache()
+        return super().train(mode)
+
+    def _apply(self, fn, recurse: bool = True) -> DynamicPositionBias:
+        self.clear_cache()
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_tables": {}}
+
+    def extra_repr(self) -> str:
+        return f"hidden={self.hidden}, heads={self.heads}, residual={self.residual}"
