@@ -14,10 +14,10 @@ from setuptools.command.build_ext import build_ext
 
 SOURCES = Path("csrc/cpu")
 FLAGS = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fvisibility=hidden", "-g0", "-Wall", "-Wno-psabi"]
-# The stable ABIs of LibTorch (2.10 and later) and of Python (3.10 and later): one library for every version from there on.
+# The stable ABIs of LibTorch (from 2.10) and of Python (from 3.10): one library for every later version.
 MACROS = [("TORCH_TARGET_VERSION", "0x020a000000000000"), ("Py_LIMITED_API", "0x030A0000")]
 
-# A file *.kernel.cpp is compiled once per vector level, into a namespace of that name; the library chooses when it is loaded.
+# A file *.kernel.cpp is compiled once per vector level, into a namespace of that name; the library chooses at run time.
 LEVELS = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
     LEVELS |= {"avx2": ["-march=x86-64-v3"], "avx512": ["-march=x86-64-v4"]}
@@ -40,7 +40,7 @@ class BuildNative(build_ext):
 
     def build_extension(self, extension: Extension) -> None:
         jobs = [(source, level) for source in extension.sources for level in self.levels(source)]
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(lambda job: self.compile(extension, *job), jobs))
         self.compiler.link_shared_object(
             objects,

@@ -1,4 +1,5 @@
-// VITKERNELS_INLINE: always inlined, so that code compiled for one processor never shares an out-of-line copy with code for another.
+// VITKERNELS_INLINE: always inlined, so that code compiled for one processor never shares an out-of-line copy with code
+// for another.
 #pragma once
 
 #ifdef __CUDACC__

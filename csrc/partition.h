@@ -19,7 +19,8 @@ struct Axis {
     return shift ? y % length : y;
   }
 
-  // Tokens of the group inside the map: its first ones. (A shifted map is a multiple of group * interval: all are inside.)
+  // Tokens of the group inside the map: its first ones. (A shifted map is a multiple of group * interval: all are
+  // inside.)
   VITKERNELS_INLINE int64_t tokens(int64_t region, int64_t residue) const {
     int64_t room = length - region * group * interval - residue;
     int64_t inside = room <= 0 ? 0 : (room + interval - 1) / interval;
@@ -41,7 +42,8 @@ struct Map {
   VITKERNELS_INLINE int64_t groups() const { return y.regions() * x.regions() * y.interval * x.interval; }
 
   VITKERNELS_INLINE Place place(int64_t id) const {
-    int64_t residue_x = id % x.interval, residue_y = id / x.interval % y.interval, region = id / (x.interval * y.interval);
+    int64_t residue_x = id % x.interval, residue_y = id / x.interval % y.interval,
+            region = id / (x.interval * y.interval);
     return {region / x.regions(), region % x.regions(), residue_y, residue_x};
   }
 };

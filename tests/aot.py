@@ -1,7 +1,7 @@
 """Ahead-of-time compilation without a GPU: a launcher runs on CPU tensors while every launch only compiles.
 
-The launcher itself chooses the arguments, constants, warps and stages: what is compiled is what would be launched. Run as a
-program, in a process of its own (Triton either interprets or compiles), it prints the resources of the kernels of one chip.
+The launcher itself chooses the arguments, constants, warps and stages: what is compiled is what would be launched. Run
+as a program, in a process of its own (Triton either interprets or compiles), it prints what the kernels of a chip take.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def compile_launches(call: Callable[[], object], capability: int) -> list:
 
 
 def resources(kernel) -> dict[str, int]:
-    """Registers of a thread, bytes it spills, KiB of shared memory of a block, and vectorised accesses to global memory."""
+    """Registers of a thread, bytes it spills, KiB of shared memory of a block, and loads of 16 bytes."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])

@@ -1,4 +1,6 @@
-"""The numerical contract: at most twice the error of the reference in the dtype under test, measured against float64."""
+"""The numerical contract: at most twice the error of the reference in the dtype under test, measured against
+float64.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,12 @@ def assert_contract(
     cotangent: Tensor,
     dtype: torch.dtype,
     tables: Sequence[int] = (),  # places of the inputs that keep float32, as a bias table does
-    together: Sequence[int] = (),  # inputs too small for a fair maximum each (a handful of elements): the worst of all counts
-    vanishing: Mapping[int, int] = MappingProxyType({}),  # inputs without a gradient in exact arithmetic: whose scale they take
+    together: Sequence[
+        int
+    ] = (),  # inputs too small for a fair maximum each (a handful of elements): the worst of all counts
+    vanishing: Mapping[int, int] = MappingProxyType(
+        {}
+    ),  # inputs without a gradient in exact arithmetic: whose scale they take
     device: str = "cpu",
 ) -> None:
     """Output and every gradient of ``function``: err <= 2 err(reference in dtype) + 2 eps max|exact|, and all finite.
@@ -42,7 +48,9 @@ def assert_contract(
     shared = max((errors[i + 1] / scales[i + 1] for i in together), default=0.0)
     names = ["output", *(f"gradient of input {i}" for i in range(len(inputs)))]
     for i, (name, a, b, c) in enumerate(zip(names, ours, eager, exact)):
-        assert a.dtype == b.dtype and a.shape == b.shape, f"{name}: {a.dtype} {tuple(a.shape)}, expected {b.dtype} {tuple(b.shape)}"
+        assert a.dtype == b.dtype and a.shape == b.shape, (
+            f"{name}: {a.dtype} {tuple(a.shape)}, expected {b.dtype} {tuple(b.shape)}"
+        )
         a = a.cpu().double()
         assert a.isfinite().all(), f"{name}: {(~a.isfinite()).sum().item()} elements are not finite"
         eager_error = shared * scales[i] if i - 1 in together else errors[i]

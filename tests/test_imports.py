@@ -8,7 +8,9 @@ import sys
 import pytest
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "vitkernels"
-FILES = sorted(p.relative_to(PACKAGE.parent).with_suffix("").as_posix().replace("/", ".") for p in PACKAGE.rglob("*.py"))
+FILES = sorted(
+    p.relative_to(PACKAGE.parent).with_suffix("").as_posix().replace("/", ".") for p in PACKAGE.rglob("*.py")
+)
 
 # what a file may import from the package, by its name within its folder; a folder is an operator
 ALLOWED = {

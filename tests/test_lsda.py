@@ -10,7 +10,9 @@ from contract import assert_contract
 import vitkernels
 from vitkernels import DynamicPositionBias, Partition, lsda_attention, partition_attention_qkvpacked
 
-cpu = pytest.param("cpu", "table", marks=pytest.mark.skipif(not vitkernels._native.available, reason=vitkernels._native.reason))
+cpu = pytest.param(
+    "cpu", "table", marks=pytest.mark.skipif(not vitkernels._native.available, reason=vitkernels._native.reason)
+)
 table, inline = (pytest.param("triton", form, marks=needs_triton) for form in ("table", "inline"))
 
 

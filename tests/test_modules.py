@@ -16,7 +16,9 @@ GOLDEN = ["sda", "lda_i2", "lda_i3", "small_map", "v1_lda_i4", "acl"]
 
 
 class Block(nn.Module):
-    """CrossFormer's block around the layer, with the official parameter names; the cooling layer where the weights have one."""
+    """CrossFormer's block around the layer, with the official parameter names; the cooling layer where the weights
+    have one.
+    """
 
     def __init__(self, attention: nn.Module, dim: int, hidden: int, cooling: bool):
         super().__init__()
@@ -49,7 +51,9 @@ def test_golden_crossformer_block(name, golden):
     tolerance = meta["recommended_tol"]
     torch.testing.assert_close(out, data["out"], rtol=0, atol=tolerance["out_atol"]["out"])
     out.backward(data["cot"])
-    gradients = {"grad.x": x.grad, "grad.x.rows": x.grad[:, data["rows"]] if "rows" in data else None} | {f"grad.sd.{key}": p.grad for key, p in block.named_parameters()}
+    gradients = {"grad.x": x.grad, "grad.x.rows": x.grad[:, data["rows"]] if "rows" in data else None} | {
+        f"grad.sd.{key}": p.grad for key, p in block.named_parameters()
+    }
     compared = 0
     for key, got in gradients.items():
         if key not in data:
@@ -125,7 +129,15 @@ def test_maxsa_block_and_grid():
     grid.relative_position_bias_table = block.relative_position_bias_table
     # a grid of 4 x 4 tokens over 12 x 8 is the block attention of the map with (grid, cell) axes exchanged
     exchange = x.unflatten(2, (4, 2)).unflatten(1, (4, 3)).transpose(1, 2).transpose(3, 4).flatten(3, 4).flatten(1, 2)
-    back = block(exchange).unflatten(2, (2, 4)).unflatten(1, (3, 4)).transpose(1, 2).transpose(3, 4).flatten(3, 4).flatten(1, 2)
+    back = (
+        block(exchange)
+        .unflatten(2, (2, 4))
+        .unflatten(1, (3, 4))
+        .transpose(1, 2)
+        .transpose(3, 4)
+        .flatten(3, 4)
+        .flatten(1, 2)
+    )
     torch.testing.assert_close(grid(x), back)
 
 
@@ -184,7 +196,11 @@ class TestLayer:
 @pytest.mark.parametrize(
     "make, error, message",
     [
-        (lambda: LongShortDistanceAttention(30, 4), ValueError, "dim must be a multiple of heads, got dim 30 and 4 heads"),
+        (
+            lambda: LongShortDistanceAttention(30, 4),
+            ValueError,
+            "dim must be a multiple of heads, got dim 30 and 4 heads",
+        ),
         (lambda: LongShortDistanceAttention(32, 0), ValueError, "heads must be at least 1"),
         (lambda: LongShortDistanceAttention(32.0, 2), TypeError, "dim must be an int"),
         (lambda: LongShortDistanceAttention(32, 2, 0), ValueError, "group must be at least 1"),

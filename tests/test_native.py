@@ -1,4 +1,4 @@
-"""The C++ library: its headers through bindings of their own, every vector level, its memory accesses, its determinism."""
+"""The C++ library: its headers through bindings of their own, every vector level, memory accesses, determinism."""
 
 import importlib.util
 import os
@@ -58,9 +58,9 @@ def bindings(request, tmp_path_factory):
         pytest.skip(f"this machine has no {request.param}")
     library = tmp_path_factory.mktemp(request.param) / f"bindings{sysconfig.get_config_var('EXT_SUFFIX')}"
     includes = [pybind11.get_include(), sysconfig.get_paths()["include"], str(ROOT / "csrc")]
-    command = [compiler, "-std=c++17", "-O1", "-ffp-contract=fast", "-Wno-psabi", "-shared", "-fPIC", "-fvisibility=hidden"]
-    command += [*MARCH[request.param], f"-DVITKERNELS_LEVEL=tested_{request.param}", *(f"-I{path}" for path in includes)]
-    subprocess.run([*command, str(ROOT / "tests/cpp/bindings.cpp"), "-o", str(library)], check=True)
+    flags = "-std=c++17 -O1 -ffp-contract=fast -Wno-psabi -shared -fPIC -fvisibility=hidden".split()
+    flags += [*MARCH[request.param], f"-DVITKERNELS_LEVEL=tested_{request.param}", *(f"-I{path}" for path in includes)]
+    subprocess.run([compiler, *flags, str(ROOT / "tests/cpp/bindings.cpp"), "-o", str(library)], check=True)
     spec = importlib.util.spec_from_file_location("bindings", library)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -70,10 +70,10 @@ def bindings(request, tmp_path_factory):
 def geometries(count: int, seed: int = 0):
     """Random (height, width, concrete partition): shifts, derived sizes, maps that do not divide."""
     rng = random.Random(seed)
-    for _ in range(count):
+    for _sample in range(count):
         height, width = rng.randint(1, 30), rng.randint(1, 30)
         axes = []
-        for length in (height, width):
+        for _ in (height, width):
             group, interval = rng.randint(1, 8), rng.randint(1, 5)
             kind = rng.choice(("fixed", "grid", "whole"))
             axes.append((None if kind == "whole" else group, None if kind == "grid" else interval))
@@ -134,7 +134,8 @@ def test_storage_in_16_bits(bindings, dtype):
     finite = patterns.view(dtype).float()
     halves = (finite[1:] + finite[:-1]) / 2  # ties
     scattered = torch.randn(100_000) * 10 ** torch.empty(100_000).uniform_(-10, 6)
-    for x in (finite, halves, scattered, torch.tensor([65519.9, 65520.0, 1e30, torch.inf, -torch.inf, torch.nan, -0.0])):
+    special = torch.tensor([65519.9, 65520.0, 1e30, torch.inf, -torch.inf, torch.nan, -0.0])
+    for x in (finite, halves, scattered, special):
         narrow = torch.from_numpy(getattr(bindings, f"narrow_{name}")(x.numpy()).view("int16")).view(dtype)
         assert torch.equal(narrow.nan_to_num(7.5), x.to(dtype).nan_to_num(7.5))
 
@@ -147,9 +148,10 @@ def test_weights_of_one_group(bindings, dtype, group):
     tokens = group[0] * group[1]
     q, k = torch.randn(2, tokens, 19, dtype=dtype)
     bias = torch.randn(2 * group[0] - 1, 2 * group[1] - 1, dtype=dtype)
-    weights = getattr(bindings, f"weights_{str(dtype)[6:]}")(q.numpy(), k.numpy(), bias.flip(0, 1).contiguous().numpy(), group)
+    weights = getattr(bindings, f"weights_{str(dtype)[6:]}")
+    weights = torch.from_numpy(weights(q.numpy(), k.numpy(), bias.flip(0, 1).contiguous().numpy(), group))
     exact = (q.double() @ k.double().T + bias.double().flatten()[relative_position_index(group)]).softmax(-1)
-    assert (torch.from_numpy(weights) - exact).abs().max() < 20 * torch.finfo(dtype).eps
+    assert (weights - exact).abs().max() < 20 * torch.finfo(dtype).eps
 
 
 CONTRACT = """
@@ -170,13 +172,13 @@ for height, width, heads, head_dim, partition in [
     (15, 18, 2, 16, Partition.interval_only(1)),
 ]:
     table = [2 * g - 1 for g in partition.on(height, width).group]
-    inputs = [torch.randn(2, height, width, heads, head_dim).double() for _ in range(3)] + [torch.randn(heads, *table).double()]
-    cotangent = torch.randn(2, height, width, heads, head_dim)
+    *inputs, cotangent = torch.randn(4, 2, height, width, heads, head_dim).double()
+    inputs.append(torch.randn(heads, *table).double())
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         assert_contract(
             lambda q, k, v, bias: partition_attention(q, k, v, partition, bias, backend="cpu"),
             lambda q, k, v, bias: reference(q, k, v, partition, bias),
-            inputs, cotangent.double(), dtype, tables=(3,),
+            inputs, cotangent, dtype, tables=(3,),
         )
 """
 
@@ -238,8 +240,9 @@ for height, width, heads, head_dim, partition in [
         bias = torch.randn(heads, *(2 * g - 1 for g in partition.group)).to(wide)
         for at_end in (False, True):
             x = [guarded(t, at_end) for t in (q, k, v, bias)]
+            dx = guarded(dout, at_end)
             out, statistic = run.partition_attention_forward(*x, [], False, *geometry, 0.2)
-            dqkv, dbias = run.partition_attention_backward(guarded(dout, at_end), *x, [], False, statistic, *geometry, 0.2)
+            dqkv, dbias = run.partition_attention_backward(dx, *x, [], False, statistic, *geometry, 0.2)
             assert all(t.isfinite().all() for t in (out, dqkv, dbias))
 print("untouched")
 """

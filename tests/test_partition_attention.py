@@ -11,8 +11,12 @@ from contract import assert_contract, outputs_and_gradients
 import vitkernels
 from vitkernels import Partition, partition_attention, partition_attention_qkvpacked
 
-cpu = pytest.param("cpu", marks=pytest.mark.skipif(not vitkernels._native.available, reason=str(vitkernels._native.reason)))
-gpu = pytest.param("triton", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")])
+cpu = pytest.param(
+    "cpu", marks=pytest.mark.skipif(not vitkernels._native.available, reason=str(vitkernels._native.reason))
+)
+gpu = pytest.param(
+    "triton", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+)
 compiled = pytest.mark.parametrize("backend", [cpu, gpu])
 DEVICE = {"cpu": "cpu", "triton": "cuda"}
 
@@ -114,14 +118,15 @@ def test_contract_without_bias_and_with_scale(scale, backend):
     partition = Partition.window(7, 2)
     inputs, cotangent = make(partition, 14, 7, 2, 32)
     ours, reference = (
-        lambda q, k, v, b=b: partition_attention(q, k, v, partition, scale=scale, backend=b) for b in (backend, "reference")
+        lambda q, k, v, b=b: partition_attention(q, k, v, partition, scale=scale, backend=b)
+        for b in (backend, "reference")
     )
     assert_contract(ours, reference, inputs[:3], cotangent, torch.float32, device=DEVICE[backend])
 
 
 @compiled
 def test_strides(backend):
-    """Head-major packing, a transposed map, a broadcast key, a last dimension that is not contiguous: all read in place or copied."""
+    """Head-major packing, a transposed map, a broadcast key, a last dimension that is not contiguous."""
     partition, device = Partition.window((3, 4)), DEVICE[backend]
     torch.manual_seed(0)
     packed = torch.randn(2, 9, 8, 2, 3, 16, device=device)  # [B, H, W, heads, 3, head_dim]
@@ -208,7 +213,8 @@ def test_same_bits_every_time(partition, backend):
 
 @pytest.mark.parametrize("backend", [cpu])
 @pytest.mark.parametrize(
-    "partition, height, width", [(Partition.long(3, 2), 7, 8), (Partition.window(4, 1), 8, 4), (Partition.window((3, 22)), 3, 22)]
+    "partition, height, width",
+    [(Partition.long(3, 2), 7, 8), (Partition.window(4, 1), 8, 4), (Partition.window((3, 22)), 3, 22)],
 )
 def test_gradcheck(partition, height, width, backend):
     inputs, _ = make(partition, height, width, 2, 8, batch=1)
@@ -219,7 +225,9 @@ def test_gradcheck(partition, height, width, backend):
 def test_the_reference_differentiates_twice():
     inputs, _ = make(Partition.window(2), 3, 4, 1, 4, batch=1)
     leaves = [x.requires_grad_() for x in inputs]
-    assert torch.autograd.gradgradcheck(functools.partial(run, Partition.window(2), "reference"), leaves, fast_mode=True)
+    assert torch.autograd.gradgradcheck(
+        functools.partial(run, Partition.window(2), "reference"), leaves, fast_mode=True
+    )
 
 
 @compiled
@@ -242,7 +250,7 @@ def test_more_than_65535_groups(backend):
 
 @compiled
 def test_no_score_matrix_in_memory(backend):
-    """What forward and backward allocate at most: inputs, output, gradients, table and a fixed scratch, no groups x N x N."""
+    """No single allocation of forward and backward comes near groups x N x N."""
     device = DEVICE[backend]
     partition, heads = Partition.window(8), 4
     qkv = torch.randn(4, 64, 64, 3, heads, 8, device=device, requires_grad=True)
@@ -255,7 +263,7 @@ def test_no_score_matrix_in_memory(backend):
     assert qkv.numel() * 4 <= largest < scores / 2
 
 
-# --- torch.library, compile, export, functional transforms, autocast -------------------------------------------------------------
+# torch.library, compile, export, functional transforms, autocast
 
 
 @compiled
@@ -336,7 +344,7 @@ def test_autocast(dtype, backend):
     assert qkv.grad.dtype == torch.float32 and bias.grad.dtype == torch.float32
 
 
-# --- bad input ------------------------------------------------------------------------------------------------------------------
+# bad input
 
 Q = torch.randn(2, 14, 14, 3, 32)
 QKV = torch.randn(2, 14, 14, 3, 3, 32)
@@ -345,28 +353,76 @@ QKV = torch.randn(2, 14, 14, 3, 3, 32)
 @pytest.mark.parametrize(
     "call, error, message",
     [
-        (lambda: partition_attention([1], Q, Q, Partition(7)), TypeError, r"q must be a torch.Tensor \[B, H, W, heads, head_dim\], got list"),
-        (lambda: partition_attention(Q[0], Q, Q, Partition(7)), ValueError, r"q must be \[B, H, W, heads, head_dim\], got 4 dimensions: \[14, 14, 3, 32\]"),
-        (lambda: partition_attention(Q, Q[:1], Q, Partition(7)), ValueError, r"one shape, got q \[2, 14, 14, 3, 32\] and k \[1, 14"),
-        (lambda: partition_attention(Q, Q, Q.double(), Partition(7)), TypeError, "one dtype, got q torch.float32 and v torch.float64"),
+        (
+            lambda: partition_attention([1], Q, Q, Partition(7)),
+            TypeError,
+            r"q must be a torch.Tensor \[B, H, W, heads, head_dim\], got list",
+        ),
+        (
+            lambda: partition_attention(Q[0], Q, Q, Partition(7)),
+            ValueError,
+            r"q must be \[B, H, W, heads, head_dim\], got 4 dimensions: \[14, 14, 3, 32\]",
+        ),
+        (
+            lambda: partition_attention(Q, Q[:1], Q, Partition(7)),
+            ValueError,
+            r"one shape, got q \[2, 14, 14, 3, 32\] and k \[1, 14",
+        ),
+        (
+            lambda: partition_attention(Q, Q, Q.double(), Partition(7)),
+            TypeError,
+            "one dtype, got q torch.float32 and v torch.float64",
+        ),
         (lambda: partition_attention(Q, Q.to("meta"), Q, Partition(7)), ValueError, "one device, got cpu and meta"),
-        (lambda: partition_attention(Q.int(), Q, Q, Partition(7)), TypeError, "q must be one of float32, float64, float16, bfloat16, got int32; convert"),
+        (
+            lambda: partition_attention(Q.int(), Q, Q, Partition(7)),
+            TypeError,
+            "q must be one of float32, float64, float16, bfloat16, got int32; convert",
+        ),
         (lambda: partition_attention(Q, Q, Q, 7), TypeError, "partition must be a vitkernels.Partition, got int"),
-        (lambda: partition_attention(Q, Q, Q, Partition(7), torch.randn(3, 7, 13)), ValueError, r"= \[3, 13, 13\] for 3 heads and groups of 7 x 7 tokens, got \[3, 7, 13\]"),
-        (lambda: partition_attention(Q, Q, Q, Partition(7), torch.randn(3, 169)), ValueError, r"bias must be \[heads, 2 \* group_h - 1, 2 \* group_w - 1\], got 2 dim"),
-        (lambda: partition_attention(Q, Q, Q, Partition(7), torch.zeros(3, 13, 13, device="meta")), ValueError, "q and bias must be on one device"),
+        (
+            lambda: partition_attention(Q, Q, Q, Partition(7), torch.randn(3, 7, 13)),
+            ValueError,
+            r"= \[3, 13, 13\] for 3 heads and groups of 7 x 7 tokens, got \[3, 7, 13\]",
+        ),
+        (
+            lambda: partition_attention(Q, Q, Q, Partition(7), torch.randn(3, 169)),
+            ValueError,
+            r"bias must be \[heads, 2 \* group_h - 1, 2 \* group_w - 1\], got 2 dim",
+        ),
+        (
+            lambda: partition_attention(Q, Q, Q, Partition(7), torch.zeros(3, 13, 13, device="meta")),
+            ValueError,
+            "q and bias must be on one device",
+        ),
         (lambda: partition_attention(Q, Q, Q, Partition(7), scale="big"), TypeError, "scale must be a number or None"),
         (lambda: partition_attention(Q, Q, Q, Partition(7), scale=float("nan")), ValueError, "scale must be finite"),
-        (lambda: partition_attention(Q, Q, Q, Partition(7), backend="fast"), ValueError, "backend must be one of triton, cpu, reference or None, got 'fast'"),
-        (lambda: partition_attention_qkvpacked(Q, Partition(7)), ValueError, r"qkv must be \[B, H, W, 3, heads, head_dim\], got 5 dimensions"),
-        (lambda: partition_attention_qkvpacked(QKV[:, :, :, :2], Partition(7)), ValueError, "with 2 where 3 is expected; view the projection's output as"),
+        (
+            lambda: partition_attention(Q, Q, Q, Partition(7), backend="fast"),
+            ValueError,
+            "backend must be one of triton, cpu, reference or None, got 'fast'",
+        ),
+        (
+            lambda: partition_attention_qkvpacked(Q, Partition(7)),
+            ValueError,
+            r"qkv must be \[B, H, W, 3, heads, head_dim\], got 5 dimensions",
+        ),
+        (
+            lambda: partition_attention_qkvpacked(QKV[:, :, :, :2], Partition(7)),
+            ValueError,
+            "with 2 where 3 is expected; view the projection's output as",
+        ),
         (lambda: vitkernels.lsda_attention(QKV, group_size=0), ValueError, "group must be at least 1"),
         (lambda: vitkernels.lsda_attention(QKV, interval=-2), ValueError, "interval must be at least 1"),
-        (lambda: vitkernels.window_attention(QKV, window_size=4, shift=2), ValueError, r"multiple of group \* interval: got a 14 x 14 map"),
+        (
+            lambda: vitkernels.window_attention(QKV, window_size=4, shift=2),
+            ValueError,
+            r"multiple of group \* interval: got a 14 x 14 map",
+        ),
         (lambda: vitkernels.block_attention(QKV, block_size=7.5), TypeError, "group must be an int"),
         (lambda: vitkernels.grid_attention(QKV, torch.zeros(13, 13)), ValueError, "bias must be"),
     ],
-)  # fmt: skip
+)
 def test_bad_input(call, error, message):
     with pytest.raises(error, match=message):
         call()
@@ -374,7 +430,9 @@ def test_bad_input(call, error, message):
 
 def test_a_forced_backend_refuses_and_says_why(monkeypatch):
     monkeypatch.setattr(vitkernels._native, "available", True)
-    with pytest.raises(RuntimeError, match="cpu cannot run partition_attention: .*meta.*backend='reference' runs anywhere"):
+    with pytest.raises(
+        RuntimeError, match="cpu cannot run partition_attention: .*meta.*backend='reference' runs anywhere"
+    ):
         x = Q.to("meta")
         partition_attention(x, x, x, Partition(7), backend="cpu")
     monkeypatch.setattr(vitkernels._native, "available", False)
@@ -382,7 +440,9 @@ def test_a_forced_backend_refuses_and_says_why(monkeypatch):
     with pytest.raises(RuntimeError, match="cpu cannot run partition_attention: it was not built"):
         partition_attention(Q, Q, Q, Partition(7), backend="cpu")
     expected = partition_attention(Q, Q, Q, Partition(7), backend="reference")
-    assert torch.equal(partition_attention(Q, Q, Q, Partition(7)), expected), "a CPU without the library runs the reference"
+    assert torch.equal(partition_attention(Q, Q, Q, Partition(7)), expected), (
+        "a CPU without the library runs the reference"
+    )
 
 
 def test_info_names_every_backend_and_why_one_is_absent():

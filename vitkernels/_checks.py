@@ -15,7 +15,7 @@ def shape_of(x: Tensor) -> str:
 
 
 def check_tensor(name: str, x: object, layout: str) -> None:
-    """``x`` is a floating-point tensor with as many dimensions as ``layout`` names, as in "[B, H, W, heads, head_dim]"."""
+    """``x`` is a floating-point tensor with as many dimensions as ``layout`` ("[B, H, W, C]") names."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor {layout}, got {type(x).__name__}")
     if x.dim() != layout.count(",") + 1:
@@ -31,13 +31,17 @@ def check_alike(q: Tensor, k: Tensor, v: Tensor) -> None:
         if x.shape != q.shape:
             raise ValueError(f"q, k and v must have one shape, got q {shape_of(q)} and {name} {shape_of(x)}")
         if x.dtype != q.dtype:
-            raise TypeError(f"q, k and v must have one dtype, got q {q.dtype} and {name} {x.dtype}; convert one of them")
+            raise TypeError(
+                f"q, k and v must have one dtype, got q {q.dtype} and {name} {x.dtype}; convert one of them"
+            )
         check_device("q", q, name, x)
 
 
 def check_device(first: str, x: Tensor, second: str, y: Tensor) -> None:
     if x.device != y.device:
-        raise ValueError(f"{first} and {second} must be on one device, got {x.device} and {y.device}; move one with .to()")
+        raise ValueError(
+            f"{first} and {second} must be on one device, got {x.device} and {y.device}; move one with .to()"
+        )
 
 
 def check_table(bias: object, q: Tensor, group: tuple[int, int]) -> None:
@@ -47,8 +51,8 @@ def check_table(bias: object, q: Tensor, group: tuple[int, int]) -> None:
     expected = (q.shape[-2], 2 * group[0] - 1, 2 * group[1] - 1)
     if tuple(bias.shape) != expected:
         raise ValueError(
-            f"bias must be {layout} = {list(expected)} for {expected[0]} heads and groups of {group[0]} x {group[1]} tokens, "
-            f"got {shape_of(bias)}"
+            f"bias must be {layout} = {list(expected)} for {expected[0]} heads and groups of "
+            f"{group[0]} x {group[1]} tokens, got {shape_of(bias)}"
         )
     check_device("q", q, "bias", bias)
 

@@ -1,8 +1,8 @@
 """Which backend runs an operator, and how operators are registered with torch.library.
 
-Every operator is one schema in the namespace ``vitkernels``. Its CUDA implementation is a Triton launcher, imported at the first call;
-its CPU implementation is registered by the C++ library when that loads. With ``TRITON_INTERPRET=1`` a twin named
-``<operator>_interpreted`` runs the Triton launcher on CPU tensors.
+Every operator is one schema in the namespace ``vitkernels``. Its CUDA implementation is a Triton launcher, imported
+at the first call; its CPU implementation is registered by the C++ library when that loads. With
+``TRITON_INTERPRET=1`` a twin named ``<operator>_interpreted`` runs the Triton launcher on CPU tensors.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def define(name: str, schema: str, fake: Callable, launcher: str) -> None:
     """Register operator ``name``.
 
     Args:
-        fake: makes outputs of the right shape, from the operator's arguments and ``interpreted=``, whether it is the twin's.
+        fake: makes outputs of the right shape from the operator's arguments; ``interpreted=``: whether for the twin.
         launcher: the module whose function ``name`` launches the Triton kernels.
     """
 
@@ -75,6 +75,11 @@ _ABSENT: dict[str, Callable[[], str | None]] = {
 }
 
 
+def absent(backend: str) -> str | None:
+    """Why ``backend`` cannot run here, or None."""
+    return _ABSENT[backend]()
+
+
 def _default(device: torch.device) -> str:
     """CUDA tensors: Triton. CPU tensors: C++ if it is built, else the reference. Other devices: the reference."""
     if device.type == "cuda":
@@ -102,7 +107,7 @@ def select(name: str, device: torch.device, backend: str | None, refusal: Callab
     chosen = backend or _default(device)
     if chosen == "reference":
         return chosen
-    why = _ABSENT[chosen]() or _wrong_device(chosen, device) or refusal(chosen)
+    why = absent(chosen) or _wrong_device(chosen, device) or refusal(chosen)
     if why:
         raise RuntimeError(f"{chosen} cannot run {name}: {why}. backend='reference' runs anywhere")
     return chosen
@@ -139,8 +144,8 @@ def info() -> Info:
     found["threads"] = str(torch.get_num_threads())
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     found["CUDA devices"] = ", ".join(devices) or "none"
-    for backend, absent in _ABSENT.items():
-        why = absent()
+    for backend in BACKENDS:
+        why = absent(backend)
         found[f"backend {backend}"] = f"absent: {why}" if why else _describe(backend)
     return found
 

@@ -14,7 +14,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 class Geometry(NamedTuple):
-    """A concrete partition on its map, as the kernels see it. ``starts``: groups along an axis with a token inside the map."""
+    """A concrete partition on its map. ``starts``: groups along an axis that have a token inside the map."""
 
     height: int  # tokens
     width: int
@@ -51,7 +51,7 @@ class Tokens(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """A ``[B, H, W, heads, head_dim]`` tensor: its strides count units of UNIT elements, so that rows are known to be aligned."""
+    """A ``[B, H, W, heads, head_dim]`` tensor. Strides count UNIT elements, so that rows are known to be aligned."""
 
     pointer: Tensor
     batch: int
@@ -122,7 +122,7 @@ def group_start(group, geometry):
 def group_tokens(token, start, geometry):
     """The index map: where tokens (numbers in raster order, [N]) of the group that begins at ``start`` lie.
 
-    ``inside`` and ``wrapped`` compare the number and the column with limits of the group, so that they need few registers.
+    ``inside`` and ``wrapped`` compare the number and the column with limits of the group: that needs few registers.
     """
     row, column = token // geometry.group_w, token % geometry.group_w
     y = start[0] + row * geometry.interval_h + geometry.shift_h

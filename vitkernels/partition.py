@@ -4,8 +4,9 @@ Along each axis of a map of ``H`` tokens, with group size ``G``, interval ``I`` 
 
     y = ((r * G + g) * I + a + shift) mod H      r region, g token of the group (0..G-1), a residue (0..I-1)
 
-and a group is one ``(r_y, r_x, a_y, a_x)``, its tokens all ``(g_y, g_x)``, both in raster order. Windows (Swin, MaxViT block,
-CrossFormer SDA) have ``I = 1``; a grid has one region and ``I = ceil(H / G)``; everything between is CrossFormer's LDA.
+and a group is one ``(r_y, r_x, a_y, a_x)``, its tokens all ``(g_y, g_x)``, both in raster order. Windows (Swin,
+MaxViT block, CrossFormer SDA) have ``I = 1``; a grid has one region and ``I = ceil(H / G)``; everything between is
+CrossFormer's LDA.
 """
 
 from __future__ import annotations
@@ -46,11 +47,12 @@ class Partition:
     """A division of an ``[H, W]`` token map into groups that attend within themselves.
 
     Args:
-        group: tokens of a group along (height, width); ``None`` on an axis takes the whole axis: ``ceil(H / interval)`` tokens.
+        group: tokens of a group along (height, width); ``None`` on an axis takes all of it,
+            ``ceil(H / interval)`` tokens.
         interval: distance in tokens between neighbours of a group; ``None`` spreads one region over the axis:
             ``ceil(H / group)``.
-        shift: cyclic shift in tokens (Swin); the map must then be a multiple of ``group * interval``. Tokens that the shift
-            brings together from opposite borders get -100 added to their logit.
+        shift: cyclic shift in tokens (Swin); the map must then be a multiple of ``group * interval``. Tokens that the
+            shift brings together from opposite borders get -100 added to their logit.
 
     Places of a group that lie outside the map are masked as keys and not computed as queries.
     """
@@ -74,7 +76,7 @@ class Partition:
 
     @classmethod
     def grid(cls, size: Size) -> Partition:
-        """``size`` tokens spread evenly over the whole map: MaxViT grid, CrossFormer LDA as in its first classification code."""
+        """``size`` tokens spread over the whole map: MaxViT grid, CrossFormer LDA in its first classification code."""
         return cls(size, None)
 
     @classmethod
@@ -84,7 +86,7 @@ class Partition:
 
     @classmethod
     def interval_only(cls, interval: Size) -> Partition:
-        """Every ``interval``-th token, the group as large as the map makes it: CrossFormer LDA in its first detection code."""
+        """Every ``interval``-th token of the whole map: CrossFormer LDA in its first detection code."""
         return cls(None, interval)
 
     @classmethod
@@ -93,15 +95,16 @@ class Partition:
         return cls((None, width) if vertical else (width, None))
 
     def on(self, height: int, width: int) -> Partition:
-        """This partition on a map of ``height`` x ``width`` tokens: what was derived made concrete, the shift checked."""
+        """This partition on a map of ``height`` x ``width`` tokens: derived sizes made concrete, the shift checked."""
         axes = []
         for length, group, interval, shift in zip((height, width), self.group, self.interval, self.shift):
             group = max(_ceil_div(length, interval), 1) if group is None else group
             interval = max(_ceil_div(length, group), 1) if interval is None else interval
             if shift and length % (group * interval):
                 raise ValueError(
-                    f"a shift needs a map that is a multiple of group * interval: got a {height} x {width} map, group "
-                    f"{self.group}, interval {self.interval}, shift {self.shift}; pad the map first (WindowAttention does)"
+                    f"a shift needs a map that is a multiple of group * interval: got a {height} x {width} map, "
+                    f"group {self.group}, interval {self.interval}, shift {self.shift}; "
+                    "pad the map first (WindowAttention does)"
                 )
             axes.append((group, interval, shift % (group * interval)))
         return Partition(*zip(*axes))

@@ -1,4 +1,5 @@
-// Attention of one group and one head, forward and backward, on rows that were gathered into local buffers. The only softmax.
+// Attention of one group and one head, forward and backward, on rows that were gathered into local buffers. The only
+// softmax.
 #pragma once
 
 #include "matrix.h"
@@ -57,18 +58,21 @@ void softmax(Matrix<T> scores, int64_t rows, int64_t columns) {
 template <class T>
 void softmax_backward(Matrix<T> weights, Matrix<T> dweights, int64_t rows, int64_t columns) {
   int64_t i = 0;
-  for (; i + 4 <= rows; i += 4) softmax_backward_tile<T, 4>({weights.row(i), weights.stride}, {dweights.row(i), dweights.stride}, columns);
-  for (; i < rows; i++) softmax_backward_tile<T, 1>({weights.row(i), weights.stride}, {dweights.row(i), dweights.stride}, columns);
+  for (; i + 4 <= rows; i += 4)
+    softmax_backward_tile<T, 4>({weights.row(i), weights.stride}, {dweights.row(i), dweights.stride}, columns);
+  for (; i < rows; i++)
+    softmax_backward_tile<T, 1>({weights.row(i), weights.stride}, {dweights.row(i), dweights.stride}, columns);
 }
 
 constexpr int SHIFT_PENALTY = -100;  // as every published Swin has it
 
-// One group: `height` x `width` tokens, the first ones of a group of `group_height` x `group_width` that reaches over the map.
+// One group: `height` x `width` tokens, the first ones of a group of `group_height` x `group_width` that reaches over
+// the map.
 template <class T>
 struct Group {
   int64_t height, width, group_height, group_width;
-  const T* bias;         // [2Gh-1, 2Gw-1], key minus query, and a vector's slack behind it; null for none
-  T* const* apart;       // per side of a query (one bit per axis): what its logits with each key lose; null where nothing
+  const T* bias;    // [2Gh-1, 2Gw-1], key minus query, and a vector's slack behind it; null for none
+  T* const* apart;  // per side of a query (one bit per axis): what its logits with each key lose; null where nothing
   const uint8_t* sides;  // the side of each token
 
   VITKERNELS_INLINE int64_t tokens() const { return height * width; }
@@ -79,7 +83,8 @@ struct Group {
   }
 };
 
-// Rows [begin, begin + rows) of the logits, before q k^T is added. Every line of keys overwrites what the one before wrote too far.
+// Rows [begin, begin + rows) of the logits, before q k^T is added. Every line of keys overwrites what the one before
+// wrote too far.
 template <class T>
 void start_scores(const Group<T>& group, Matrix<T> scores, int64_t begin, int64_t rows) {
   int64_t tokens = group.tokens(), columns = padded<T>(tokens);

@@ -1,4 +1,5 @@
-// The vector level in use: the best of those compiled that the processor has, or a lower one named by VITKERNELS_CPU_CAPABILITY.
+// The vector level in use: the best of those compiled that the processor has, or a lower one named by
+// VITKERNELS_CPU_CAPABILITY.
 #pragma once
 
 namespace vitkernels {

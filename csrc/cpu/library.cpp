@@ -23,7 +23,9 @@ Capability best() {
 Capability chosen() {
   const char* variable = std::getenv("VITKERNELS_CPU_CAPABILITY");
   std::string wanted = variable ? variable : "";
-  Capability limit = wanted == "default" ? Capability::BASELINE : wanted == "avx2" ? Capability::AVX2 : Capability::AVX512;
+  Capability limit = wanted == "default" ? Capability::BASELINE
+                     : wanted == "avx2"  ? Capability::AVX2
+                                         : Capability::AVX512;
   return limit < best() ? limit : best();
 }
 

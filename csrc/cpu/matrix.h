@@ -15,8 +15,8 @@ VITKERNELS_INLINE int64_t padded(int64_t n) {
   return ceil_div(n, LANES<T>) * LANES<T>;
 }
 
-// A register tile of a product: ROWS x VECTORS accumulators, one vector register each, beside VECTORS of B and a broadcast. 32
-// registers hold 24 accumulators, 16 hold 12.
+// A register tile of a product: ROWS x VECTORS accumulators, one vector register each, beside VECTORS of B and a
+// broadcast. 32 registers hold 24 accumulators, 16 hold 12.
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int MAX_VECTORS = 4, MAX_ACCUMULATORS = 24;
 #else
@@ -64,15 +64,15 @@ void multiply_tile(Matrix<T> a, Matrix<T> b, Matrix<T> c, int64_t depth, Matrix<
 
 // The tile with as many rows as are left.
 template <class T, bool TRANSPOSED, int VECTORS, int ROWS = tile_rows(VECTORS)>
-VITKERNELS_INLINE void multiply_rows(
-    int64_t rows, Matrix<T> a, Matrix<T> b, Matrix<T> c, int64_t depth, Matrix<T> start) {
+VITKERNELS_INLINE void multiply_rows(int64_t rows, Matrix<T> a, Matrix<T> b, Matrix<T> c, int64_t depth,
+                                     Matrix<T> start) {
   if (rows >= ROWS) return multiply_tile<T, TRANSPOSED, ROWS, VECTORS>(a, b, c, depth, start);
   if constexpr (ROWS > 1) multiply_rows<T, TRANSPOSED, VECTORS, ROWS - 1>(rows, a, b, c, depth, start);
 }
 
 template <class T, bool TRANSPOSED, int VECTORS = MAX_VECTORS>
-VITKERNELS_INLINE void multiply_columns(
-    int64_t vectors, int64_t rows, Matrix<T> a, Matrix<T> b, Matrix<T> c, int64_t depth, Matrix<T> start) {
+VITKERNELS_INLINE void multiply_columns(int64_t vectors, int64_t rows, Matrix<T> a, Matrix<T> b, Matrix<T> c,
+                                        int64_t depth, Matrix<T> start) {
   if constexpr (VECTORS > 1) {
     if (vectors < VECTORS) return multiply_columns<T, TRANSPOSED, VECTORS - 1>(vectors, rows, a, b, c, depth, start);
   }
@@ -83,11 +83,10 @@ VITKERNELS_INLINE void multiply_columns(
   }
 }
 
-// c = start + a b. c: [rows, columns], a: [rows, depth], or [depth, rows] if TRANSPOSED, b: [depth, columns]; columns padded. A long
-// product is summed in blocks, so that its rounding error grows with the number of blocks.
+// c = start + a b. c: [rows, columns], a: [rows, depth], or [depth, rows] if TRANSPOSED, b: [depth, columns]; columns
+// padded. A long product is summed in blocks, so that its rounding error grows with the number of blocks.
 template <class T, bool TRANSPOSED = false>
-void multiply(
-    Matrix<T> a, Matrix<T> b, Matrix<T> c, int64_t rows, int64_t depth, int64_t columns, Matrix<T> start) {
+void multiply(Matrix<T> a, Matrix<T> b, Matrix<T> c, int64_t rows, int64_t depth, int64_t columns, Matrix<T> start) {
   constexpr int64_t BLOCK = 256;
   for (; depth > BLOCK; depth -= BLOCK, start = c) {
     multiply<T, TRANSPOSED>(a, b, c, rows, BLOCK, columns, start);

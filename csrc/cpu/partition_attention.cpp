@@ -44,7 +44,8 @@ const PartitionAttentionKernels& kernels() {
 
 // x: [B, H, W, heads, head_dim]
 View view(const Tensor& x) {
-  STD_TORCH_CHECK(x.dim() == 5 && x.stride(4) == 1, "expected [B, H, W, heads, head_dim] with unit stride in head_dim");
+  STD_TORCH_CHECK(x.dim() == 5 && (x.stride(4) == 1 || x.size(4) <= 1),
+                  "expected [B, H, W, heads, head_dim] with unit stride in head_dim");
   return {static_cast<char*>(x.data_ptr()), x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
 }
 
@@ -95,24 +96,25 @@ PartitionAttention describe(const Tensor& q, const Tensor& k, const Tensor& v, c
 std::vector<char> prepared(const std::optional<Tensor>& bias, const Tensor& q, int64_t size) {
   if (!bias) return {};
   bool wide = q.scalar_type() == ScalarType::Double;
-  STD_TORCH_CHECK(
-      bias->is_contiguous() && bias->numel() == q.size(3) * size &&
-          bias->scalar_type() == (wide ? ScalarType::Double : ScalarType::Float),
-      "bias must be a contiguous [heads, 2Gh-1, 2Gw-1], float32 (float64 with float64 inputs)");
+  STD_TORCH_CHECK(bias->is_contiguous() && bias->numel() == q.size(3) * size &&
+                      bias->scalar_type() == (wide ? ScalarType::Double : ScalarType::Float),
+                  "bias must be a contiguous [heads, 2Gh-1, 2Gw-1], float32 (float64 with float64 inputs)");
   return wide ? reversed<double>(*bias, size) : reversed<float>(*bias, size);
 }
 
 void check_no_mlp(const std::vector<Tensor>& mlp) {
-  STD_TORCH_CHECK(mlp.empty(), "the C++ kernels take the position bias as a table; evaluate the MLP first (form='table')");
+  STD_TORCH_CHECK(mlp.empty(),
+                  "the C++ kernels take the position bias as a table; evaluate the MLP first (form='table')");
 }
 
-std::tuple<Tensor, Tensor> forward(
-    Tensor q, Tensor k, Tensor v, std::optional<Tensor> bias, std::vector<Tensor> mlp, bool residual,
-    int64_t group_h, int64_t group_w, int64_t interval_h, int64_t interval_w, int64_t shift_h, int64_t shift_w, double scale) {
+std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, std::optional<Tensor> bias, std::vector<Tensor> mlp,
+                                   bool residual, int64_t group_h, int64_t group_w, int64_t interval_h,
+                                   int64_t interval_w, int64_t shift_h, int64_t shift_w, double scale) {
   check_no_mlp(mlp);
   Element element = element_of(q);
   Tensor out = torch::stable::new_empty(q, q.sizes());
-  Tensor statistic = torch::stable::new_empty(q, {0}, element == Element::DOUBLE ? ScalarType::Double : ScalarType::Float);
+  Tensor statistic =
+      torch::stable::new_empty(q, {0}, element == Element::DOUBLE ? ScalarType::Double : ScalarType::Float);
   PartitionAttention problem = describe(q, k, v, {group_h, group_w, interval_h, interval_w, shift_h, shift_w}, scale);
   std::vector<char> table = prepared(bias, q, problem.bias_size);
   problem.bias = bias ? table.data() : nullptr;
@@ -120,15 +122,15 @@ std::tuple<Tensor, Tensor> forward(
   if (out.numel() == 0) return {out, statistic};
 
   Forward kernel = kernels().forward[int(element)];
-  torch::stable::parallel_for(
-      0, problem.work.shares(), 1, [&](int64_t begin, int64_t end) { kernel(problem, begin, end); });
+  torch::stable::parallel_for(0, problem.work.shares(), 1,
+                              [&](int64_t begin, int64_t end) { kernel(problem, begin, end); });
   return {out, statistic};
 }
 
-std::tuple<Tensor, Tensor> backward(
-    Tensor dout, Tensor q, Tensor k, Tensor v, std::optional<Tensor> bias, std::vector<Tensor> mlp, bool residual,
-    Tensor statistic, int64_t group_h, int64_t group_w, int64_t interval_h, int64_t interval_w, int64_t shift_h,
-    int64_t shift_w, double scale) {
+std::tuple<Tensor, Tensor> backward(Tensor dout, Tensor q, Tensor k, Tensor v, std::optional<Tensor> bias,
+                                    std::vector<Tensor> mlp, bool residual, Tensor statistic, int64_t group_h,
+                                    int64_t group_w, int64_t interval_h, int64_t interval_w, int64_t shift_h,
+                                    int64_t shift_w, double scale) {
   check_no_mlp(mlp);
   Element element = element_of(q);
   ScalarType wide = element == Element::DOUBLE ? ScalarType::Double : ScalarType::Float;

@@ -13,8 +13,8 @@ struct View {
 
 constexpr int64_t VECTOR_SLACK = 64;  // bytes
 
-// The work in shares of a few heads, which lie side by side in memory, and some groups, (image, id) counted through the images. The
-// same shares for any number of threads, so that the gradient of the bias has the same bits.
+// The work in shares of a few heads, which lie side by side in memory, and some groups, (image, id) counted through the
+// images. The same shares for any number of threads, so that the gradient of the bias has the same bits.
 struct Division {
   static constexpr int64_t HEADS = 4, GROUPS = 4, SHARES = 64;  // at most, at least, about
   int64_t groups, heads;
@@ -30,10 +30,10 @@ struct Division {
 };
 
 struct PartitionAttention {
-  View q, k, v, out;       // forward: out
-  View dout, dq, dk, dv;   // backward: the rest
-  const void* bias;        // [heads, (2Gh-1)(2Gw-1)], key minus query, and VECTOR_SLACK bytes behind; or null
-  int64_t bias_size;       // (2Gh-1)(2Gw-1)
+  View q, k, v, out;      // forward: out
+  View dout, dq, dk, dv;  // backward: the rest
+  const void* bias;       // [heads, (2Gh-1)(2Gw-1)], key minus query, and VECTOR_SLACK bytes behind; or null
+  int64_t bias_size;      // (2Gh-1)(2Gw-1)
   Map map;
   int64_t head_dim;
   double scale;
@@ -42,7 +42,8 @@ struct PartitionAttention {
 
 enum class Element { FLOAT, DOUBLE, HALF, BFLOAT16 };
 
-// Shares [begin, end) of the work. dbias: zeros, [group_parts, heads, (2Gh-1)(2Gw-1)], key minus query; null for no gradient.
+// Shares [begin, end) of the work. dbias: zeros, [group_parts, heads, (2Gh-1)(2Gw-1)], key minus query; null for no
+// gradient.
 using Forward = void (*)(const PartitionAttention&, int64_t begin, int64_t end);
 using Backward = void (*)(const PartitionAttention&, int64_t begin, int64_t end, void* dbias);
 

@@ -1,4 +1,5 @@
-// Partition attention over shares of the work: gather the rows of a group, attend, scatter. Compiled once per vector level.
+// Partition attention over shares of the work: gather the rows of a group, attend, scatter. Compiled once per vector
+// level.
 #include "partition_attention.h"
 
 #include <new>
@@ -13,7 +14,8 @@ namespace {
 constexpr int64_t STEP = 18;
 // Scores that the backward pass holds at a time (all of a group of up to 181 tokens).
 constexpr int64_t SCORES = 32 * 1024;
-// Up to this many pairs of tokens in a full group, the bias is spread out over them, and its gradient summed so, once per share.
+// Up to this many pairs of tokens in a full group, the bias is spread out over them, and its gradient summed so, once
+// per share.
 constexpr int64_t SPREAD = 64 * 1024;
 
 VITKERNELS_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -171,13 +173,15 @@ class Worker {
         copy_row(address(to, here_, y, x), row, p_.head_dim, factor);
   }
 
-  // Rows [begin, begin + rows) of the group that follows are on their way while this one is computed.
+  // Rows [begin, begin + rows) of the group that follows are on their way while this one is computed. (Inlined always:
+  // GCC takes a function that does nothing but prefetch for one without effect, and drops its calls.)
   template <bool WRITE, int N>
-  void prefetch(int64_t begin, int64_t rows, const View (&views)[N]) {
+  VITKERNELS_INLINE void prefetch(int64_t begin, int64_t rows, const View (&views)[N]) {
     for (int64_t i = begin; i < least(begin + rows, next_.tokens()); i++)
       for (const View& view : views) {
         const char* row = (const char*)address(view, next_, i / next_.width, i % next_.width);
-        for (int64_t byte = 0; byte < p_.head_dim * int64_t(sizeof(S)); byte += 64) __builtin_prefetch(row + byte, WRITE, 2);
+        for (int64_t byte = 0; byte < p_.head_dim * int64_t(sizeof(S)); byte += 64)
+          __builtin_prefetch(row + byte, WRITE, 2);
       }
   }
 
@@ -201,11 +205,13 @@ class Worker {
     return group;
   }
 
-  // Whether the shift has brought tokens of opposite borders together; then also what the keys lose for each side of a query.
+  // Whether the shift has brought tokens of opposite borders together; then also what the keys lose for each side of a
+  // query.
   bool mark_sides() {
     const Axis &y = p_.map.y, &x = p_.map.x;
     const int64_t *ys = here_.ys, *xs = here_.xs;
-    bool torn = y.wrapped(ys[0]) != y.wrapped(ys[here_.height - 1]) || x.wrapped(xs[0]) != x.wrapped(xs[here_.width - 1]);
+    bool torn =
+        y.wrapped(ys[0]) != y.wrapped(ys[here_.height - 1]) || x.wrapped(xs[0]) != x.wrapped(xs[here_.width - 1]);
     for (int64_t i = 0; torn && i < here_.tokens(); i++) {
       sides_[i] = 2 * y.wrapped(ys[i / here_.width]) + x.wrapped(xs[i % here_.width]);
       for (int side = 0; side < 4; side++) apart_[side][i] = sides_[i] == side ? 0 : SHIFT_PENALTY;
@@ -232,7 +238,8 @@ class Worker {
   void add_to_bias(const Group<T>& group, int64_t begin, int64_t rows, T* dbias) {
     if (!dspread_.data || group.tokens() != full_) return add_to_table<T>(group, dscores_, begin, rows, dbias);
     T* sum = of_head(dspread_, here_.head).row(begin);
-    for (int64_t i = 0; i < rows * dspread_.stride; i += LANES<T>) store(sum + i, load(sum + i) + load(dscores_.data + i));
+    for (int64_t i = 0; i < rows * dspread_.stride; i += LANES<T>)
+      store(sum + i, load(sum + i) + load(dscores_.data + i));
   }
 
   const PartitionAttention& p_;

@@ -1,5 +1,5 @@
-// Vectors by the compiler's vector extensions: one source for every processor, included only by files that are compiled once per
-// vector level, all of it in that level's namespace.
+// Vectors by the compiler's vector extensions: one source for every processor, included only by files that are compiled
+// once per vector level, all of it in that level's namespace.
 #pragma once
 
 #include <cstdint>
@@ -25,7 +25,8 @@ struct VectorOf {
 
 constexpr double LN2 = 0.693147180559945309417;
 
-// The floating format of a lane. LN2_HIGH has so few bits that its products with exponents are exact; LN2_LOW is the rest of ln 2.
+// The floating format of a lane. LN2_HIGH has so few bits that its products with exponents are exact; LN2_LOW is the
+// rest of ln 2.
 template <class T>
 struct Lane;
 template <>
@@ -158,7 +159,8 @@ VITKERNELS_INLINE Vec<T> shuffle(Vec<T> a, Vec<T> b, std::integer_sequence<int, 
 #endif
 }
 
-// Lane l: of `a` where bit STEP of l is HIGH, of `b` STEP lanes away elsewhere; the exchange of a blockwise transposition.
+// Lane l: of `a` where bit STEP of l is HIGH, of `b` STEP lanes away elsewhere; the exchange of a blockwise
+// transposition.
 template <class T, int STEP, bool HIGH, int... L>
 VITKERNELS_INLINE Vec<T> exchange(Vec<T> a, Vec<T> b, std::integer_sequence<int, L...>) {
   constexpr int N = LANES<T>;
@@ -209,8 +211,8 @@ VITKERNELS_INLINE Vec<T> series_of_exp(Vec<T> x, std::integer_sequence<int, K...
   return sum;
 }
 
-// e^x = 2^n e^rest with n = round(x / ln 2): n becomes an exponent, the rest, at most ln(2) / 2, goes through the series. Where the
-// result would be below the normal numbers the exponent's bits are those of 0, and so is the result.
+// e^x = 2^n e^rest with n = round(x / ln 2): n becomes an exponent, the rest, at most ln(2) / 2, goes through the
+// series. Where the result would be below the normal numbers the exponent's bits are those of 0, and so is the result.
 template <class T>
 VITKERNELS_INLINE Vec<T> exp(Vec<T> x) {
   using L = Lane<T>;

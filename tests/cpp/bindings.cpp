@@ -17,9 +17,11 @@ template <class T>
 using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
 using Pair = std::pair<int64_t, int64_t>;
 
-// Raster index of every token of every group, [groups, N], -1 outside the map; and whether the shift wrapped it, [groups, N, 2].
+// Raster index of every token of every group, [groups, N], -1 outside the map; and whether the shift wrapped it,
+// [groups, N, 2].
 std::pair<Array<int64_t>, Array<bool>> index_map(Pair size, Pair group, Pair interval, Pair shift) {
-  Map map{{size.first, group.first, interval.first, shift.first}, {size.second, group.second, interval.second, shift.second}};
+  Map map{{size.first, group.first, interval.first, shift.first},
+          {size.second, group.second, interval.second, shift.second}};
   Array<int64_t> out({map.groups(), group.first * group.second});
   Array<bool> wrapped({map.groups(), group.first * group.second, int64_t(2)});
   std::fill_n(out.mutable_data(), out.size(), -1);
@@ -28,7 +30,8 @@ std::pair<Array<int64_t>, Array<bool>> index_map(Pair size, Pair group, Pair int
     Place place = map.place(id);
     for (int64_t gy = 0; gy < map.y.tokens(place.region_y, place.residue_y); gy++)
       for (int64_t gx = 0; gx < map.x.tokens(place.region_x, place.residue_x); gx++) {
-        int64_t y = map.y.position(place.region_y, place.residue_y, gy), x = map.x.position(place.region_x, place.residue_x, gx);
+        int64_t y = map.y.position(place.region_y, place.residue_y, gy),
+                x = map.x.position(place.region_x, place.residue_x, gx);
         int64_t token = gy * group.second + gx;
         out.mutable_at(id, token) = y * size.second + x;
         wrapped.mutable_at(id, token, 0) = map.y.wrapped(y);
@@ -84,8 +87,8 @@ Array<T> weights(Array<T> q, Array<T> k, Array<T> bias, Pair size) {
   Group<T> group{size.first, size.second, size.first, size.second, table.data(), nullptr, nullptr};
   transpose_into<T>(keys_transposed.matrix(), keys.matrix(), keys.rows, keys.columns);
   start_scores<T>(group, scores.matrix(), 0, scores.rows);
-  multiply<T>(
-      queries.matrix(), keys_transposed.matrix(), scores.matrix(), scores.rows, keys.columns, scores.stride, true);
+  multiply<T>(queries.matrix(), keys_transposed.matrix(), scores.matrix(), scores.rows, keys.columns, scores.stride,
+              true);
   softmax<T>(scores.matrix(), scores.rows, scores.stride);
   return scores.array();
 }

@@ -1,7 +1,7 @@
 """Triton kernels of partition attention, and their launchers.
 
-Groups of at most 64 tokens are one tile: persistent programs, one head each, loop over groups and save nothing but the inputs.
-Larger groups stream tiles of keys under an online softmax and save one log-sum-exp per query. Logits are in units of log 2.
+Groups of at most 64 tokens are one tile: persistent programs, one head each, loop over groups and save nothing but the
+inputs. Larger groups stream tiles of keys under an online softmax and save one log-sum-exp per query.
 
 M queries, N keys and D elements of a head make tiles; ``task`` numbers the groups of all images.
 """
@@ -65,22 +65,28 @@ def _bias(p_table, o_query, o_key, geometry):  # [M], [N] -> [M, N]
     column = o_key // geometry.group_w * side + o_key % geometry.group_w
     centre = (geometry.group_h - 1) * side + geometry.group_w - 1
     mask = (o_query < tokens)[:, None] & (o_key < tokens)[None, :]
-    return tl.load(p_table + (centre + row[:, None] - column[None, :]), mask=mask, other=0.0) * LOG2E
+    return tl.load(p_table + (centre + row[:, None] - column[None, :]), mask=mask, other=0.0)
 
 
 @triton.jit
 def _logits(products, bias, query, key, scale, SHIFTED: tl.constexpr):  # [M, N]
-    """Logits in units of log 2 from q k^T; -inf for keys outside the map."""
-    logits = products * (scale * LOG2E) + bias
+    """Logits from q k^T; -inf for keys outside the map."""
+    logits = products * scale + bias
     if SHIFTED:
         apart = query.wrapped[:, None] != key.wrapped[None, :]
-        logits += tl.cast(apart, logits.dtype) * (SHIFT_PENALTY * LOG2E)
+        logits += tl.cast(apart, logits.dtype) * SHIFT_PENALTY
     return tl.where(key.inside[None, :], logits, float("-inf"))
 
 
 @triton.jit
+def _exp(logits, rows):  # [M, N], [M] -> [M, N]
+    """exp(logits - rows), at the cost of one multiply-add and one exp2."""
+    return tl.exp2(logits * LOG2E - (rows * LOG2E)[:, None])
+
+
+@triton.jit
 def _own_tile(p_tiles, BLOCK: tl.constexpr):  # [M, N]
-    """Addresses of this program's own tile: one base and constant offsets, which cost no registers."""
+    """Addresses of this program's own tile."""
     o_token = tl.arange(0, BLOCK)
     base = p_tiles + tl.cast(tl.program_id(0), tl.int64) * (BLOCK * BLOCK)
     return base + o_token[:, None] * BLOCK + o_token[None, :]
@@ -108,7 +114,7 @@ def _partition_attention_forward(
     BIAS: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr, RESIDUAL: tl.constexpr,
     SHIFTED: tl.constexpr, BLOCK: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
-    """One tile per group. BIAS: "none", "table", or "inline" (the table is evaluated first, into scratch memory)."""
+    """One tile per group. BIAS: "none", "table", or "inline" (the table is evaluated first, into ``p_scratch``)."""
     program = tl.program_id(0)
     head, worker, workers = program % heads, program // heads, tl.num_programs(0) // heads
     o_token = tl.arange(0, BLOCK)
@@ -123,7 +129,7 @@ def _partition_attention_forward(
         b_v = load_rows(v, image, head, tokens, SPEC)  # [N, D]
         products = matmul(b_q, tl.trans(b_k), SPEC.PRECISION)  # [M, N]
         logits = _logits(products, bias, tokens, tokens, scale, SHIFTED)
-        weights = tl.exp2(logits - tl.max(logits, 1)[:, None])
+        weights = _exp(logits, tl.max(logits, 1))
         b_out = matmul(tl.cast(weights, b_v.dtype), b_v, SPEC.PRECISION) / tl.sum(weights, 1)[:, None]
         store_rows(out, image, head, tokens, b_out, SPEC)
 
@@ -134,7 +140,7 @@ def _partition_attention_backward(
     BIAS: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr, RESIDUAL: tl.constexpr,
     SHIFTED: tl.constexpr, BLOCK: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
-    """One tile per group. The bias gradient of a program's groups is summed in its own tile of ``p_partial``, which stays in L2."""
+    """One tile per group; a program sums the bias gradient of its groups in registers and writes it to its own tile."""
     program = tl.program_id(0)
     head, worker, workers = program % heads, program // heads, tl.num_programs(0) // heads
     o_token = tl.arange(0, BLOCK)
@@ -149,7 +155,7 @@ def _partition_attention_backward(
         b_k = load_rows(k, image, head, tokens, SPEC)  # [N, D]
         products = matmul(b_q, tl.trans(b_k), SPEC.PRECISION)  # [M, N]
         logits = _logits(products, bias, tokens, tokens, scale, SHIFTED)
-        weights = tl.exp2(logits - tl.max(logits, 1)[:, None])
+        weights = _exp(logits, tl.max(logits, 1))
         weights *= (1 / tl.sum(weights, 1))[:, None]
         b_do = load_rows(dout, image, head, tokens, SPEC)  # [M, D]
         b_dv = matmul(tl.trans(tl.cast(weights, b_do.dtype)), b_do, SPEC.PRECISION)
@@ -172,7 +178,7 @@ def _partition_attention_backward(
 def _fold_bias_gradient(
     p_partial, p_dbias, geometry, parts, heads, SIDE: tl.constexpr, OFFSETS: tl.constexpr, LANES: tl.constexpr
 ):
-    """Sum partial gradients [parts, heads, SIDE, SIDE] over parts and over the pairs of one offset, always in the same order."""
+    """Sum partial gradients [parts, heads, SIDE, SIDE] over parts and the pairs of an offset, in a fixed order."""
     side, tokens = 2 * geometry.group_w - 1, geometry.group_h * geometry.group_w
     size = (2 * geometry.group_h - 1) * side
     blocks = tl.cdiv(size, OFFSETS)
@@ -237,12 +243,12 @@ def _streamed_attention_forward(
         bias = _tile_bias(p_table, head, o_query, o_key, geometry, HAS_BIAS)
         logits = _logits(products, bias, query, key, scale, SHIFTED)
         higher = tl.maximum(highest, tl.max(logits, 1))  # finite: the first token of a group lies inside the map
-        shrink, weights = tl.exp2(highest - higher), tl.exp2(logits - higher[:, None])
+        shrink, weights = tl.exp2((highest - higher) * LOG2E), _exp(logits, higher)
         total = total * shrink + tl.sum(weights, 1)
         b_out = dot(tl.cast(weights, b_v.dtype), b_v, b_out * shrink[:, None], SPEC.PRECISION)
         highest = higher
     store_rows(out, image, head, query, b_out / total[:, None], SPEC)
-    tl.store(_row_pointers(p_lse, image, head, heads, query, geometry), highest + tl.log2(total), mask=query.inside)
+    tl.store(_row_pointers(p_lse, image, head, heads, query, geometry), highest + tl.log(total), mask=query.inside)
 
 
 @triton.jit
@@ -253,7 +259,7 @@ def _weights_and_gradient(
     """Weights of a pair of tiles, and their gradient, [M, N] each."""
     products = matmul(b_q, tl.trans(b_k), SPEC.PRECISION)
     bias = _tile_bias(p_table, head, o_query, o_key, geometry, HAS_BIAS)
-    weights = tl.exp2(_logits(products, bias, query, key, scale, SHIFTED) - lse[:, None])
+    weights = _exp(_logits(products, bias, query, key, scale, SHIFTED), lse)
     return weights, matmul(b_do, tl.trans(b_v), SPEC.PRECISION)
 
 
@@ -375,6 +381,7 @@ def _streamed_attention_backward_bias(
     shares = tl.num_programs(0) // heads // (tiles * tiles)
     o_query = tile // tiles * BLOCK + tl.arange(0, BLOCK)
     o_key = tile % tiles * BLOCK + tl.arange(0, BLOCK)
+    bias = _tile_bias(p_table, head, o_query, o_key, geometry, True)
     total = tl.zeros((BLOCK, BLOCK), p_partial.dtype.element_ty)
     for task in range(share, tasks, shares):
         image, start = _place(task, geometry)
@@ -383,9 +390,9 @@ def _streamed_attention_backward_bias(
         delta = tl.load(_row_pointers(p_delta, image, head, heads, query, geometry), mask=query.inside, other=0.0)
         b_q, b_do = load_rows(q, image, head, query, SPEC), load_rows(dout, image, head, query, SPEC)  # [M, D]
         b_k, b_v = load_rows(k, image, head, key, SPEC), load_rows(v, image, head, key, SPEC)  # [N, D]
-        weights, dweights = _weights_and_gradient(
-            b_q, b_k, b_v, b_do, lse, p_table, head, o_query, o_key, query, key, geometry, scale, True, SHIFTED, SPEC
-        )
+        products = matmul(b_q, tl.trans(b_k), SPEC.PRECISION)  # [M, N]
+        weights = _exp(_logits(products, bias, query, key, scale, SHIFTED), lse)
+        dweights = matmul(b_do, tl.trans(b_v), SPEC.PRECISION)
         total += weights * (dweights - delta[:, None])
     line = tiles * BLOCK
     p_tile = p_partial + (tl.cast(share, tl.int64) * heads + head) * line * line
@@ -420,29 +427,31 @@ def _tile(tokens: int) -> int:
     return min(max(16, triton.next_power_of_2(tokens)), SINGLE_TILE)
 
 
-def _settings(kernel, tile: int, x: Tensor) -> dict[str, int]:
-    """Warps, pipeline stages and, where it buys a resident block, a limit of registers: by the budgets of tests/test_ahead_of_time.py."""
+def _settings(kernel, tile: int, x: Tensor, plain: bool = False) -> dict[str, int]:
+    """Warps, pipeline stages and, where it buys resident blocks, a limit of registers.
+
+    Chosen by what the compiler makes of the kernels for each chip (tests/test_ahead_of_time.py).
+    """
     if INTERPRETED:
         return {}
-    hopper = triton.runtime.driver.active.get_current_target().arch >= 90
+    capability = triton.runtime.driver.active.get_current_target().arch
+    asynchronous = 90 <= capability < 120  # tensor cores read shared memory: prefetched rows take no registers
     narrow = x.shape[-1] <= 32 and x.dtype != torch.float32
-    settings = {"num_warps": tile // 16 if narrow or tile < 64 else 8, "num_stages": 2}
-    if kernel is _partition_attention_backward and not hopper:
-        settings["num_stages"] = 1  # prefetched rows would spill
-    if kernel is _streamed_attention_backward_bias and hopper:
-        settings["num_warps"] = 8
-    if hopper and narrow and tile == 64 and kernel in _REGISTERS:
-        settings["maxnreg"] = _REGISTERS[kernel]
+    wide = not narrow or kernel is _streamed_attention_backward_bias
+    settings = {"num_warps": 8 if wide and tile == 64 else tile // 16, "num_stages": 2}
+    if kernel in (_partition_attention_backward, _streamed_attention_backward_key):
+        settings["num_stages"] = 2 if asynchronous and x.dtype != torch.float32 else 1
+    if kernel is _streamed_attention_backward_bias and not asynchronous and (narrow or capability >= 120):
+        settings["num_stages"] = 1
+    if capability == 90 and narrow and plain and tile == 64:
+        settings["maxnreg"] = 128 if kernel is _partition_attention_forward else 168
     return settings
 
 
-# registers of a thread that let 4 and 3 blocks of 4 warps reside on a multiprocessor
-_REGISTERS = {_partition_attention_forward: 128, _partition_attention_backward: 168}
-
-
-def _programs(x: Tensor, tasks: int, resident: int) -> int:
-    """Persistent programs: for each head as many as the device holds at once, ``resident`` on a multiprocessor."""
-    heads = x.shape[3]
+def _programs(x: Tensor, tasks: int, settings: dict[str, int]) -> int:
+    """Persistent programs: for each head as many as the registers of the device hold at once."""
+    heads, threads = x.shape[3], 32 * settings.get("num_warps", 4)
+    resident = 65536 // settings.get("maxnreg", 256) // threads
     return heads * min(tasks, triton.cdiv(_processors(x.device) * resident, heads))
 
 
@@ -473,8 +482,8 @@ def _fold(partial: Tensor, dbias: Tensor, geometry: Geometry) -> None:
 def _check_form(mlp: list[Tensor], tokens: int) -> None:
     if mlp and tokens > SINGLE_TILE:
         raise ValueError(
-            f"the position MLP is evaluated inside the kernel for groups of at most {SINGLE_TILE} tokens, got {tokens}; "
-            "evaluate its table first (dynamic_position_bias) and pass that as bias"
+            f"the position MLP is evaluated inside the kernel for groups of at most {SINGLE_TILE} tokens, got {tokens}"
+            "; evaluate its table first (dynamic_position_bias) and pass that as bias"
         )
 
 
@@ -493,7 +502,7 @@ def partition_attention_forward(
     shift_w: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:  # [B, H, W, heads, head_dim], [B, H, W, heads] or [0]
-    """Attention in every group, and the log-sum-exp (of base 2) of every query where groups are streamed."""
+    """Attention in every group, and the log-sum-exp of every query where groups are streamed."""
     batch, height, width, heads, _ = q.shape
     geometry = Geometry.of(height, width, group_h, group_w, interval_h, interval_w, shift_h, shift_w)
     tokens, tasks, tile = group_h * group_w, batch * geometry.starts_y * geometry.starts_x, _tile(group_h * group_w)
@@ -504,12 +513,15 @@ def partition_attention_forward(
         return out, lse
     spec = Spec.of(q, k, v, out)
     rows = [Rows.of(x, spec) for x in (q, k, v, out)]
-    shared = dict(geometry=geometry, heads=heads, scale=scale, SHIFTED=shift_h + shift_w > 0, BLOCK=tile, SPEC=spec)
+    shifted, plain = shift_h + shift_w > 0, shift_h + shift_w == 0 and not geometry.ragged.value
+    shared = dict(geometry=geometry, heads=heads, scale=scale, SHIFTED=shifted, BLOCK=tile, SPEC=spec)
     with _on(q.device):
         if tokens <= SINGLE_TILE:
-            kernel, programs = _partition_attention_forward, _programs(q, tasks, 4)
+            kernel = _partition_attention_forward
+            settings = _settings(kernel, tile, q, plain)
+            programs = _programs(q, tasks, settings)
             source = _bias_source(bias, tuple(mlp), residual, programs, (2 * group_h - 1) * (2 * group_w - 1))
-            kernel[(programs,)](*rows, tasks=tasks, **source, **shared, **_settings(kernel, tile, q))
+            kernel[(programs,)](*rows, tasks=tasks, **source, **shared, **settings)
         else:
             kernel, programs = _streamed_attention_forward, tasks * triton.cdiv(tokens, tile) * heads
             source = dict(p_table=bias, HAS_BIAS=bias is not None)
@@ -548,15 +560,16 @@ def partition_attention_backward(
     gradients = dqkv.unbind(3)
     spec = Spec.of(dout, q, k, v, *gradients)
     rows, (dq, dk, dv) = [Rows.of(x, spec) for x in (dout, q, k, v)], [Rows.of(x, spec) for x in gradients]
-    shared = dict(geometry=geometry, heads=heads, scale=scale, SHIFTED=shift_h + shift_w > 0, BLOCK=tile, SPEC=spec)
+    shifted, plain = shift_h + shift_w > 0, shift_h + shift_w == 0 and not geometry.ragged.value
+    shared = dict(geometry=geometry, heads=heads, scale=scale, SHIFTED=shifted, BLOCK=tile, SPEC=spec)
     with _on(q.device):
         if tokens <= SINGLE_TILE:
-            kernel, programs = _partition_attention_backward, _programs(q, tasks, 3)
+            kernel = _partition_attention_backward
+            settings = _settings(kernel, tile, q, plain)
+            programs = _programs(q, tasks, settings)
             source = _bias_source(bias, tuple(mlp), residual, programs, dbias[:1].numel())
             partial = dbias.new_empty(programs // heads, heads, tile, tile) if biased else None
-            kernel[(programs,)](
-                *rows, dq, p_partial=partial, tasks=tasks, **source, **shared, **_settings(kernel, tile, q)
-            )
+            kernel[(programs,)](*rows, dq, p_partial=partial, tasks=tasks, **source, **shared, **settings)
         else:
             delta, tiles, source = (
                 torch.empty_like(statistic),

@@ -32,7 +32,9 @@ class _Attention(nn.Module):
     def _check(self, x: Tensor) -> None:
         _checks.check_tensor("x", x, "[B, H, W, C]")
         if x.shape[-1] != self.dim:
-            raise ValueError(f"x must be [B, H, W, C] with C = {self.dim}, got {_checks.shape_of(x)}; NCHW maps need a permute")
+            raise ValueError(
+                f"x must be [B, H, W, C] with C = {self.dim}, got {_checks.shape_of(x)}; NCHW maps need a permute"
+            )
 
     def _project(self, x: Tensor) -> Tensor:
         """``[B, H, W, C]`` to packed ``[B, H, W, 3, heads, head_dim]``."""
@@ -49,10 +51,11 @@ class _Attention(nn.Module):
 class LongShortDistanceAttention(_Attention):
     """CrossFormer's SDA (``interval=1``) or LDA layer with its dynamic position bias.
 
-    "CrossFormer: A Versatile Vision Transformer Hinging on Cross-scale Attention" (Wang et al., ICLR 2022), sections 3.2, 3.3.
-    Parameters are named as in the official code: ``qkv``, ``proj``, ``pos.pos_proj``, ``pos.pos1`` ... Maps of any size: places
-    that padding would fill are masked as keys, which equals the official pad-and-mask; a map whose shorter side is no longer
-    than the group becomes a single group, as in the official dense-prediction code, decided at every call.
+    "CrossFormer: A Versatile Vision Transformer Hinging on Cross-scale Attention" (Wang et al., ICLR 2022), sections
+    3.2 and 3.3. Parameters are named as in the official code: ``qkv``, ``proj``, ``pos.pos_proj``, ``pos.pos1`` ... Maps of any
+    size: places that padding would fill are masked as keys, which equals the official pad-and-mask; a map whose
+    shorter side is no longer than the group becomes a single group, as in the official dense-prediction code, decided
+    at every call.
 
     Args:
         dim: channels C.
@@ -117,8 +120,9 @@ class _TableAttention(_Attention):
 class WindowAttention(_TableAttention):
     """Swin's window attention layer, shifted or not, with its relative position bias table.
 
-    "Swin Transformer" (Liu et al., ICCV 2021), section 3.2. A map that does not divide is padded with zeros below and to the
-    right before the projection, as Swin's detection code and torchvision do; an axis of a single window is not shifted.
+    "Swin Transformer" (Liu et al., ICCV 2021), section 3.2. A map that does not divide is padded with zeros below and
+    to the right before the projection, as Swin's detection code and torchvision do; an axis of a single window is not
+    shifted.
 
     Args:
         dim: channels C.
@@ -155,7 +159,9 @@ class WindowAttention(_TableAttention):
         if below or right:
             x = F.pad(x, (0, 0, 0, right, 0, below))
         shift = tuple(s if n > g else 0 for s, n, g in zip(self.shift, x.shape[1:3], self.group))
-        out = partition_attention_qkvpacked(self._project(x), Partition.window(self.group, shift), self._bias(), scale=self.scale)
+        out = partition_attention_qkvpacked(
+            self._project(x), Partition.window(self.group, shift), self._bias(), scale=self.scale
+        )
         return self._merge(out[:, :height, :width])
 
     def extra_repr(self) -> str:
@@ -165,8 +171,8 @@ class WindowAttention(_TableAttention):
 class MaxSA(_TableAttention):
     """One half of MaxViT's multi-axis attention: block or grid attention with its relative position bias table.
 
-    "MaxViT: Multi-Axis Vision Transformer" (Tu et al., ECCV 2022), section 3.2. Maps that do not divide, which the published
-    code refuses, are masked.
+    "MaxViT: Multi-Axis Vision Transformer" (Tu et al., ECCV 2022), section 3.2. Maps that do not divide, which the
+    published code refuses, are masked.
 
     Args:
         dim: channels C.
@@ -198,7 +204,9 @@ class MaxSA(_TableAttention):
 
     def forward(self, x: Tensor) -> Tensor:
         self._check(x)
-        return self._merge(partition_attention_qkvpacked(self._project(x), self.partition, self._bias(), scale=self.scale))
+        return self._merge(
+            partition_attention_qkvpacked(self._project(x), self.partition, self._bias(), scale=self.scale)
+        )
 
     def extra_repr(self) -> str:
         mode = "block" if self.partition.interval == (1, 1) else "grid"

@@ -39,7 +39,8 @@ _dispatch.define(
 )
 _dispatch.define(
     "partition_attention_backward",
-    f"(Tensor dout, Tensor q, Tensor k, Tensor v, {_BIAS}, Tensor statistic, {_GEOMETRY}, float scale) -> (Tensor, Tensor)",
+    f"(Tensor dout, Tensor q, Tensor k, Tensor v, {_BIAS}, Tensor statistic, {_GEOMETRY}, float scale)"
+    " -> (Tensor, Tensor)",
     _backward_fake,
     _LAUNCHER,
 )
@@ -137,15 +138,15 @@ def partition_attention(
 ) -> Tensor:  # [B, H, W, heads, head_dim]
     """Multi-head attention inside every group of a partition of the token map, as one fused operator.
 
-    ``softmax(scale * q k^T + bias) v`` over the tokens of each group; nothing is copied into windows and back, and no score
-    matrix is stored. Places of a group outside the map weigh exactly 0.
+    ``softmax(scale * q k^T + bias) v`` over the tokens of each group; nothing is copied into windows and back, and no
+    score matrix is stored. Places of a group outside the map weigh exactly 0.
 
     Args:
         q, k, v: ``[B, H, W, heads, head_dim]``, float32, float64, float16 or bfloat16, any strides (views of a fused
             projection need no copy; a last dimension that is not contiguous is copied).
         partition: which tokens form a group.
-        bias: relative position table ``[heads, 2Gh-1, 2Gw-1]`` for groups of Gh x Gw tokens, indexed by query minus key,
-            counted in tokens of the group. Used in float32 (float64 with float64 inputs).
+        bias: relative position table ``[heads, 2Gh-1, 2Gw-1]`` for groups of Gh x Gw tokens, indexed by query minus
+            key, counted in tokens of the group. Used in float32 (float64 with float64 inputs).
         scale: multiplies ``q k^T``; ``head_dim ** -0.5`` if None.
         backend: "triton", "cpu" or "reference"; None chooses by device. A backend that is asked for runs or refuses.
 
@@ -199,13 +200,14 @@ def _check_module(module: nn.Module, qkv: Tensor) -> None:
     _checks.check_device("qkv", qkv, "position_bias", module.pos_proj.weight)
 
 
-# The hidden width up to which evaluating the MLP inside the attention kernel costs less than a launch of its own: its work grows
-# with the square of the width and is repeated by every program. Arithmetic (docs/performance.md), not yet measured on a GPU.
+# The hidden width up to which evaluating the MLP inside the attention kernel costs less than a launch of its own: its
+# work grows with the square of the width and is repeated by every program. Arithmetic (docs/performance.md), not yet
+# measured on a GPU.
 _INLINE_WIDTH = 12
 
 
 def _inline(module: nn.Module, form: str, backend: str, partition: Partition) -> bool:
-    """Whether the MLP is evaluated by each program of the attention kernel ("inline") or by a kernel of its own ("table")."""
+    """Whether each program of the attention kernel evaluates the MLP, or a kernel of its own does."""
     if form not in ("auto", "table", "inline"):
         raise ValueError(f"form must be 'auto', 'table' or 'inline', got {form!r}")
     possible = backend == "triton" and partition.tokens <= 64
@@ -214,7 +216,9 @@ def _inline(module: nn.Module, form: str, backend: str, partition: Partition) ->
             "form='inline' evaluates the position MLP inside the Triton kernel, for groups of at most 64 tokens; "
             f"got backend {backend!r} and {partition.tokens} tokens. Use form='table'"
         )
-    return form == "inline" or (form == "auto" and possible and module.hidden <= _INLINE_WIDTH and not module.constant())
+    if form == "auto":
+        return possible and module.hidden <= _INLINE_WIDTH and not module.constant()
+    return form == "inline"
 
 
 def lsda_attention(
@@ -227,21 +231,22 @@ def lsda_attention(
     backend: str | None = None,
     form: str = "auto",
 ) -> Tensor:  # [B, H, W, heads, head_dim]
-    """CrossFormer's short-distance (``interval=1``) and long-distance (``interval > 1``) attention, from a fused projection.
+    """CrossFormer's short-distance (``interval=1``) and long-distance (above 1) attention, from a fused projection.
 
-    "CrossFormer: A Versatile Vision Transformer Hinging on Cross-scale Attention" (Wang et al., ICLR 2022), section 3.2; the
-    dynamic position bias, section 3.3, is evaluated inside the operator, forward and backward.
+    "CrossFormer: A Versatile Vision Transformer Hinging on Cross-scale Attention" (Wang et al., ICLR 2022), section
+    3.2; the dynamic position bias, section 3.3, is evaluated inside the operator, forward and backward.
 
     Args:
         qkv: ``[B, H, W, 3, heads, head_dim]``.
         position_bias: a `DynamicPositionBias`, or a table ``[heads, 2Gh-1, 2Gw-1]``, or None.
-        group_size: tokens of a group along (height, width), an int or a pair; None derives it from the map and the interval.
+        group_size: tokens of a group along (height, width), an int or a pair; None derives it from the map and the
+            interval.
         interval: distance between neighbouring tokens of a group; None spreads the group over the whole map.
         scale: multiplies ``q k^T``; ``head_dim ** -0.5`` if None.
         backend: "triton", "cpu" or "reference"; None chooses by device.
-        form: where a `DynamicPositionBias` is evaluated: "table", once by a kernel of its own; "inline", by each program of the
-            attention kernel for its own head, so that the operator is a single launch (Triton, groups of at most 64 tokens);
-            "auto" chooses by width.
+        form: where a `DynamicPositionBias` is evaluated: "table", once by a kernel of its own; "inline", by each
+            program of the attention kernel for its own head, so that the operator is a single launch (Triton, groups
+            of at most 64 tokens); "auto" chooses by width.
 
     Returns:
         ``[B, H, W, heads, head_dim]``.
@@ -271,7 +276,7 @@ def window_attention(
     scale: float | None = None,
     backend: str | None = None,
 ) -> Tensor:  # [B, H, W, heads, head_dim]
-    """Swin's attention in (shifted) windows (Liu et al., ICCV 2021, section 3.2): `Partition.window`. See `partition_attention`."""
+    """Swin's (shifted) windows (Liu et al., ICCV 2021, section 3.2): `Partition.window`. See `partition_attention`."""
     return partition_attention_qkvpacked(qkv, Partition.window(window_size, shift), bias, scale=scale, backend=backend)
 
 

@@ -1,4 +1,4 @@
-"""Partition attention in plain PyTorch: the specification. Any floating dtype, any device, differentiable any number of times."""
+"""Partition attention in plain PyTorch: the specification. Any floating dtype and device, differentiable twice."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from torch import Tensor
 
 from ..partition import Partition
 
-SHIFT_PENALTY = -100.0  # added to the logit of a pair that only the cyclic shift brought together, as every published Swin does
+# added to the logit of a pair of tokens that only the cyclic shift brought together, as every published Swin does
+SHIFT_PENALTY = -100.0
 
 
 def relative_position_index(group: tuple[int, int], device=None) -> Tensor:
-    """Row of a flattened ``[2Gh-1, 2Gw-1]`` table for each (query, key), ``[N, N]`` int64: the offset is query minus key."""
+    """Place in a flattened ``[2Gh-1, 2Gw-1]`` table of every offset, query minus key: ``[N, N]`` int64."""
     gh, gw = group
     token = torch.arange(gh * gw, device=device)
     y, x = token // gw, token % gw
@@ -42,7 +43,8 @@ def partition_attention(
         apart = (over[:, :, None] != over[:, None, :]).any(-1)  # [groups, N, N]
         logits = logits + SHIFT_PENALTY * apart[:, None].to(logits.dtype)
     outside = partition.index(height, width, q.device) < 0  # [groups, N]
-    # the lowest finite value, not -inf: weight exactly 0 beside any key of the map, and finite where a whole group lies outside
+    # the lowest finite value, not -inf: weight exactly 0 beside any key of the map, and finite where a whole group
+    # lies outside
     logits = logits.masked_fill(outside[:, None, None, :], torch.finfo(logits.dtype).min)
     out = logits.softmax(-1) @ v
     return partition.merge(rearrange(out, "b g h n d -> b g n h d"), height, width)

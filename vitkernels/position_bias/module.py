@@ -79,7 +79,7 @@ class DynamicPositionBias(nn.Module):
             return False
         if self.pos_proj.weight.is_cuda and torch.cuda.is_current_stream_capturing():
             return False  # the table would be in the graph's memory, or the graph would outlive the table
-        return not (torch.is_grad_enabled() and any(x.requires_grad for x in self.parameters()))
+        return not (torch.is_grad_enabled() and any(x.requires_grad for x in self._stored()))
 
     def forward(self, group_size: Size, *, backend: str | None = None) -> Tensor:  # [heads, 2Gh-1, 2Gw-1]
         """The table for groups of ``group_size`` tokens.

@@ -1,0 +1,88 @@
+"""What the Triton kernels take of every chip, compiled without a GPU: registers, spills, shared memory, wide loads."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+if not triton.__version__.startswith("3.6."):
+    pytest.skip(f"the budgets hold for triton 3.6, found {triton.__version__}", allow_module_level=True)
+
+SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB that a block may have
+
+EVERYWHERE = {  # group side, head_dim, dtype, shift
+    "49 tokens, bf16, 32": (7, 32, "bfloat16", 0),
+    "49 tokens, bf16, 32, shifted": (7, 32, "bfloat16", 3),
+    "64 tokens, fp16, 64": (8, 64, "float16", 0),
+    "100 tokens, bf16, 32": (10, 32, "bfloat16", 0),
+    "196 tokens, fp16, 64": (14, 64, "float16", 0),
+}
+ON_TWO = {
+    "16 tokens, bf16, 32": (4, 32, "bfloat16", 0),
+    "49 tokens, bf16, 96": (7, 96, "bfloat16", 0),
+    "49 tokens, fp32, 32": (7, 32, "float32", 0),
+    "100 tokens, fp32, 32": (10, 32, "float32", 0),
+}
+
+TILE, QUERY, KEY, BIAS = (
+    "partition_attention_backward",
+    "streamed_attention_backward_query",
+    "streamed_attention_backward_key",
+    "streamed_attention_backward_bias",
+)
+SPILLED = {  # bytes of a thread, per chip; 0 where nothing stands
+    80: {
+        ("64 tokens, fp16, 64", TILE): 8,
+        ("196 tokens, fp16, 64", QUERY): 8,
+        ("196 tokens, fp16, 64", KEY): 8,
+        ("100 tokens, fp32, 32", QUERY): 8,
+    },
+    86: {
+        ("100 tokens, bf16, 32", QUERY): 8,
+        ("196 tokens, fp16, 64", KEY): 8,
+    },
+    89: {
+        ("100 tokens, bf16, 32", QUERY): 8,
+        ("196 tokens, fp16, 64", KEY): 8,
+    },
+    90: {
+        ("49 tokens, bf16, 32", TILE): 8,
+        ("49 tokens, bf16, 32, shifted", TILE): 8,
+        ("49 tokens, bf16, 96", TILE): 8,
+    },
+    100: {
+        ("196 tokens, fp16, 64", QUERY): 8,
+    },
+    120: {
+        ("64 tokens, fp16, 64", TILE): 8,
+    },
+}
+
+
+@pytest.mark.parametrize("capability", SHARED)
+def test_budgets(capability):
+    cases = EVERYWHERE | (ON_TWO if capability in (80, 90) else {})
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, str(Path(__file__).with_name("aot.py")), str(capability), json.dumps(cases)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    spilled = {(case, name): r["spilled"] for case, kernels in found.items() for name, r in kernels.items()}
+    allowed = SPILLED.get(capability, {})
+    assert {key: n for key, n in spilled.items() if n > allowed.get(key, 0)} == {}
+    for case, kernels in found.items():
+        for name, r in kernels.items():
+            assert r["shared"] <= SHARED[capability], (case, name, r)
+            assert "attention" not in name or r["wide"] > 0, (case, name, r)
+    if capability == 90:
+        forward, backward, _ = found["49 tokens, bf16, 32"].values()
+        assert forward["warps"] == 4 and forward["registers"] <= 128
+        assert backward["warps"] == 4 and backward["registers"] <= 168
