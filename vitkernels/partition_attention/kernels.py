@@ -416,6 +416,12 @@ def _processors(device: torch.device) -> int:
     return 2 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@lru_cache
+def _capability(device: torch.device) -> int:
+    """Of the current device, which is ``device``: 90 for compute capability 9.0."""
+    return triton.runtime.driver.active.get_current_target().arch
+
+
 def _on(device: torch.device):
     """Triton launches on the current device: make that the tensors'."""
     elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
@@ -434,7 +440,7 @@ def _settings(kernel, tile: int, x: Tensor, plain: bool = False) -> dict[str, in
     """
     if INTERPRETED:
         return {}
-    capability = triton.runtime.driver.active.get_current_target().arch
+    capability = _capability(x.device)
     asynchronous = 90 <= capability < 120  # tensor cores read shared memory: prefetched rows take no registers
     narrow = x.shape[-1] <= 32 and x.dtype != torch.float32
     wide = not narrow or kernel is _streamed_attention_backward_bias

@@ -52,10 +52,10 @@ class LongShortDistanceAttention(_Attention):
     """CrossFormer's SDA (``interval=1``) or LDA layer with its dynamic position bias.
 
     "CrossFormer: A Versatile Vision Transformer Hinging on Cross-scale Attention" (Wang et al., ICLR 2022), sections
-    3.2 and 3.3. Parameters are named as in the official code: ``qkv``, ``proj``, ``pos.pos_proj``, ``pos.pos1`` ... Maps of any
-    size: places that padding would fill are masked as keys, which equals the official pad-and-mask; a map whose
-    shorter side is no longer than the group becomes a single group, as in the official dense-prediction code, decided
-    at every call.
+    3.2 and 3.3. Parameters are named as in the official code: ``qkv``, ``proj``, ``pos.pos_proj``, ``pos.pos1`` ...
+    Maps of any size: places that padding would fill are masked as keys, which equals the official pad-and-mask; a map
+    whose shorter side is no longer than the group becomes a single group, as in the official dense-prediction code,
+    decided at every call.
 
     Args:
         dim: channels C.
