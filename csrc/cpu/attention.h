@@ -48,10 +48,10 @@ void softmax_backward_tile(Matrix<T> weights, Matrix<T> dweights, int64_t column
     }
 }
 
-template <class T>
-void softmax(Matrix<T> scores, int64_t rows, int64_t columns) {
+template <class T, class Between = Nothing>
+void softmax(Matrix<T> scores, int64_t rows, int64_t columns, Between&& between = {}) {
   int64_t i = 0;
-  for (; i + 4 <= rows; i += 4) softmax_tile<T, 4>({scores.row(i), scores.stride}, columns);
+  for (; i + 4 <= rows; i += 4, between()) softmax_tile<T, 4>({scores.row(i), scores.stride}, columns);
   for (; i < rows; i++) softmax_tile<T, 1>({scores.row(i), scores.stride}, columns);
 }
 

@@ -15,6 +15,11 @@ VITKERNELS_INLINE int64_t padded(int64_t n) {
   return ceil_div(n, LANES<T>) * LANES<T>;
 }
 
+// What is done between the tiles of a product where there is nothing to do.
+struct Nothing {
+  VITKERNELS_INLINE void operator()() const {}
+};
+
 // A register tile of a product: ROWS x VECTORS accumulators, one vector register each, beside VECTORS of B and a
 // broadcast. 32 registers hold 24 accumulators, 16 hold 12.
 #if defined(__AVX512F__) || defined(__aarch64__)
@@ -70,26 +75,29 @@ VITKERNELS_INLINE void multiply_rows(int64_t rows, Matrix<T> a, Matrix<T> b, Mat
   if constexpr (ROWS > 1) multiply_rows<T, TRANSPOSED, VECTORS, ROWS - 1>(rows, a, b, c, depth, start);
 }
 
-template <class T, bool TRANSPOSED, int VECTORS = MAX_VECTORS>
+template <class T, bool TRANSPOSED, int VECTORS = MAX_VECTORS, class Between>
 VITKERNELS_INLINE void multiply_columns(int64_t vectors, int64_t rows, Matrix<T> a, Matrix<T> b, Matrix<T> c,
-                                        int64_t depth, Matrix<T> start) {
+                                        int64_t depth, Matrix<T> start, Between& between) {
   if constexpr (VECTORS > 1) {
-    if (vectors < VECTORS) return multiply_columns<T, TRANSPOSED, VECTORS - 1>(vectors, rows, a, b, c, depth, start);
+    if (vectors < VECTORS)
+      return multiply_columns<T, TRANSPOSED, VECTORS - 1>(vectors, rows, a, b, c, depth, start, between);
   }
   for (int64_t i = 0, tile; i < rows; i += tile) {
     tile = share_of(rows - i, tile_rows(VECTORS));
     Matrix<T> left = TRANSPOSED ? a.at(0, i) : a.at(i, 0);
     multiply_rows<T, TRANSPOSED, VECTORS>(tile, left, b, c.at(i, 0), depth, start.at(i, 0));
+    between();
   }
 }
 
 // c = start + a b. c: [rows, columns], a: [rows, depth], or [depth, rows] if TRANSPOSED, b: [depth, columns]; columns
 // padded. A long product is summed in blocks, so that its rounding error grows with the number of blocks.
-template <class T, bool TRANSPOSED = false>
-void multiply(Matrix<T> a, Matrix<T> b, Matrix<T> c, int64_t rows, int64_t depth, int64_t columns, Matrix<T> start) {
+template <class T, bool TRANSPOSED = false, class Between = Nothing>
+void multiply(Matrix<T> a, Matrix<T> b, Matrix<T> c, int64_t rows, int64_t depth, int64_t columns, Matrix<T> start,
+              Between&& between = {}) {
   constexpr int64_t BLOCK = 256;
   for (; depth > BLOCK; depth -= BLOCK, start = c) {
-    multiply<T, TRANSPOSED>(a, b, c, rows, BLOCK, columns, start);
+    multiply<T, TRANSPOSED>(a, b, c, rows, BLOCK, columns, start, between);
     a = TRANSPOSED ? a.at(BLOCK, 0) : a.at(0, BLOCK);
     b = b.at(BLOCK, 0);
   }
@@ -97,14 +105,15 @@ void multiply(Matrix<T> a, Matrix<T> b, Matrix<T> c, int64_t rows, int64_t depth
   for (int64_t j = 0, tile; j < vectors; j += tile) {
     tile = share_of(vectors - j, MAX_VECTORS);
     int64_t x = j * LANES<T>;
-    multiply_columns<T, TRANSPOSED>(tile, rows, a, b.at(0, x), c.at(0, x), depth, start.at(0, x));
+    multiply_columns<T, TRANSPOSED>(tile, rows, a, b.at(0, x), c.at(0, x), depth, start.at(0, x), between);
   }
 }
 
 // c = a b, or c += a b.
-template <class T, bool TRANSPOSED = false>
-void multiply(Matrix<T> a, Matrix<T> b, Matrix<T> c, int64_t rows, int64_t depth, int64_t columns, bool add = false) {
-  multiply<T, TRANSPOSED>(a, b, c, rows, depth, columns, add ? c : Matrix<T>{nullptr, 0});
+template <class T, bool TRANSPOSED = false, class Between = Nothing>
+void multiply(Matrix<T> a, Matrix<T> b, Matrix<T> c, int64_t rows, int64_t depth, int64_t columns, bool add = false,
+              Between&& between = {}) {
+  multiply<T, TRANSPOSED>(a, b, c, rows, depth, columns, add ? c : Matrix<T>{nullptr, 0}, between);
 }
 
 // to = from^T; from: [rows, columns] in buffers padded to full vectors both ways.

@@ -2,6 +2,7 @@
 // level.
 #include "partition_attention.h"
 
+#include <initializer_list>
 #include <new>
 #include <utility>
 
@@ -26,6 +27,52 @@ struct Site {
   int64_t *ys, *xs;
 
   VITKERNELS_INLINE int64_t tokens() const { return height * width; }
+};
+
+// The first token's row in line y of the site; the others are xs[] away.
+template <class S>
+VITKERNELS_INLINE S* line_of(const View& view, const Site& site, int64_t y) {
+  return (S*)view.data + (site.image * view.batch + site.head * view.head + site.ys[y] * view.y);
+}
+
+// Brings the rows of a site near, a few at every call: a processor has room for a dozen or so misses, and stands still
+// when they come faster than memory answers. (GCC takes a function that only prefetches for one without effect, and
+// drops its calls unless it is inlined.)
+template <class S>
+class Fetch {
+ public:
+  // All rows of the site in `reads`, to be read, then in `writes`, to be written.
+  VITKERNELS_INLINE Fetch(const Site& site, int64_t row_bytes, std::initializer_list<const View*> reads,
+                          std::initializer_list<const View*> writes)
+      : site_(site), row_bytes_(row_bytes), reads_(reads.size()) {
+    if (site.tokens() == 0) return;
+    for (const View* view : reads) views_[count_++] = view;
+    for (const View* view : writes) views_[count_++] = view;
+    line_ = line_of<S>(*views_[0], site_, 0);
+  }
+
+  VITKERNELS_INLINE void operator()() {
+    for (int64_t bytes = 0; view_ < count_ && bytes < BYTES; bytes += row_bytes_) {
+      const char* row = (const char*)(line_ + site_.xs[x_] * views_[view_]->x);
+      if (view_ < reads_)
+        for (int64_t byte = 0; byte < row_bytes_; byte += 64) __builtin_prefetch(row + byte, 0, 2);
+      else
+        for (int64_t byte = 0; byte < row_bytes_; byte += 64) __builtin_prefetch(row + byte, 1, 2);
+      if (++x_ < site_.width) continue;
+      x_ = 0;
+      if (++y_ == site_.height) y_ = 0, view_++;
+      if (view_ < count_) line_ = line_of<S>(*views_[view_], site_, y_);
+    }
+  }
+
+ private:
+  static constexpr int64_t BYTES = 16 * 64;  // of a call
+
+  const Site& site_;
+  const int64_t row_bytes_, reads_;
+  int64_t count_ = 0, view_ = 0, y_ = 0, x_ = 0;
+  const S* line_ = nullptr;
+  const View* views_[7];
 };
 
 template <class S, class T = Accumulation<S>>
@@ -69,19 +116,19 @@ class Worker {
 
  private:
   void forward() {
+    Fetch<S> fetch(next_, p_.head_dim * sizeof(S), {&p_.q, &p_.k, &p_.v}, {&p_.out});
     Group<T> group = gather_qkv();
     int64_t tokens = here_.tokens();
     for (int64_t i = 0, rows; i < tokens; i += rows) {
       rows = share_of(tokens - i, STEP);
-      weights(group, i, rows, scores_);
-      prefetch<false>(i, rows, {p_.q, p_.k, p_.v});
-      multiply<T>(scores_, v_, out_.at(i, 0), rows, tokens, width_);
-      prefetch<true>(i, rows, {p_.out});
+      weights(group, i, rows, scores_, fetch);
+      multiply<T>(scores_, v_, out_.at(i, 0), rows, tokens, width_, false, fetch);
     }
     scatter(p_.out, out_, 1);
   }
 
   void backward(T* dbias) {
+    Fetch<S> fetch(next_, p_.head_dim * sizeof(S), {&p_.q, &p_.k, &p_.v, &p_.dout}, {&p_.dq, &p_.dk, &p_.dv});
     Group<T> group = gather_qkv();
     gather(dout_, p_.dout, 1);
     int64_t tokens = here_.tokens(), keys = padded<T>(tokens);
@@ -92,15 +139,13 @@ class Worker {
       for (int64_t i = begin, rows; i < begin + held; i += rows) {
         rows = share_of(begin + held - i, STEP);
         Matrix<T> scores = scores_.at(i - begin, 0), dscores = dscores_.at(i - begin, 0);
-        weights(group, i, rows, scores);
-        prefetch<false>(i, rows, {p_.q, p_.k, p_.v, p_.dout});
-        multiply<T>(dout_.at(i, 0), v_transposed_, dscores, rows, p_.head_dim, keys);
+        weights(group, i, rows, scores, fetch);
+        multiply<T>(dout_.at(i, 0), v_transposed_, dscores, rows, p_.head_dim, keys, false, fetch);
         softmax_backward<T>(scores, dscores, rows, keys);
-        prefetch<true>(i, rows, {p_.dq, p_.dk, p_.dv});
       }
-      multiply<T, true>(scores_, dout_.at(begin, 0), dv_, tokens, held, width_, begin > 0);
-      multiply<T, true>(dscores_, q_.at(begin, 0), dk_, tokens, held, width_, begin > 0);
-      multiply<T>(dscores_, k_, out_.at(begin, 0), held, tokens, width_);
+      multiply<T, true>(scores_, dout_.at(begin, 0), dv_, tokens, held, width_, begin > 0, fetch);
+      multiply<T, true>(dscores_, q_.at(begin, 0), dk_, tokens, held, width_, begin > 0, fetch);
+      multiply<T>(dscores_, k_, out_.at(begin, 0), held, tokens, width_, false, fetch);
       if (dbias) add_to_bias(group, begin, held, dbias);
     }
     scatter(p_.dq, out_, T(p_.scale));
@@ -154,35 +199,22 @@ class Worker {
     for (int64_t g = 0; g < site.width; g++) site.xs[g] = x.position(place.region_x, place.residue_x, g);
   }
 
-  S* address(const View& view, const Site& site, int64_t y, int64_t x) const {
-    int64_t offset = site.image * view.batch + site.head * view.head + site.ys[y] * view.y + site.xs[x] * view.x;
-    return (S*)view.data + offset;
-  }
-
   void gather(Matrix<T> to, const View& from, T factor) {
     T* row = to.data;
-    for (int64_t y = 0; y < here_.height; y++)
+    for (int64_t y = 0; y < here_.height; y++) {
+      const S* line = line_of<S>(from, here_, y);
       for (int64_t x = 0; x < here_.width; x++, row += width_)
-        copy_row(row, address(from, here_, y, x), p_.head_dim, factor);
+        copy_row(row, line + here_.xs[x] * from.x, p_.head_dim, factor);
+    }
   }
 
   void scatter(const View& to, Matrix<T> from, T factor) {
     const T* row = from.data;
-    for (int64_t y = 0; y < here_.height; y++)
+    for (int64_t y = 0; y < here_.height; y++) {
+      S* line = line_of<S>(to, here_, y);
       for (int64_t x = 0; x < here_.width; x++, row += width_)
-        copy_row(address(to, here_, y, x), row, p_.head_dim, factor);
-  }
-
-  // Rows [begin, begin + rows) of the group that follows are on their way while this one is computed. (Inlined always:
-  // GCC takes a function that does nothing but prefetch for one without effect, and drops its calls.)
-  template <bool WRITE, int N>
-  VITKERNELS_INLINE void prefetch(int64_t begin, int64_t rows, const View (&views)[N]) {
-    for (int64_t i = begin; i < least(begin + rows, next_.tokens()); i++)
-      for (const View& view : views) {
-        const char* row = (const char*)address(view, next_, i / next_.width, i % next_.width);
-        for (int64_t byte = 0; byte < p_.head_dim * int64_t(sizeof(S)); byte += 64)
-          __builtin_prefetch(row + byte, WRITE, 2);
-      }
+        copy_row(line + here_.xs[x] * to.x, row, p_.head_dim, factor);
+    }
   }
 
   Group<T> full_group(int64_t head) const {
@@ -227,12 +259,12 @@ class Worker {
   }
 
   // Rows [begin, begin + rows) of softmax(scale q k^T + bias).
-  void weights(const Group<T>& group, int64_t begin, int64_t rows, Matrix<T> scores) {
+  void weights(const Group<T>& group, int64_t begin, int64_t rows, Matrix<T> scores, Fetch<S>& fetch) {
     bool spread = spread_.data && group.tokens() == full_ && !group.sides;
     if (!spread) start_scores<T>(group, scores, begin, rows);
     Matrix<T> start = spread ? of_head(spread_, here_.head).at(begin, 0) : scores;
-    multiply<T>(q_.at(begin, 0), k_transposed_, scores, rows, p_.head_dim, scores.stride, start);
-    softmax<T>(scores, rows, scores.stride);
+    multiply<T>(q_.at(begin, 0), k_transposed_, scores, rows, p_.head_dim, scores.stride, start, fetch);
+    softmax<T>(scores, rows, scores.stride, fetch);
   }
 
   void add_to_bias(const Group<T>& group, int64_t begin, int64_t rows, T* dbias) {
