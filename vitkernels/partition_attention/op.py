@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -55,7 +56,8 @@ class _PartitionAttention(Function):
     """(out, statistic) from q, k, v or one packed qkv; the bias as a table or as the 14 weights of its MLP."""
 
     @staticmethod
-    def forward(backend, geometry, scale, residual, bias, packed, *tensors):
+    def forward(*inputs):  # not spelt out: autograd inspects the signature at every call, and that takes its time
+        backend, geometry, scale, residual, bias, packed, *tensors = inputs
         qkv, mlp = (tensors[:1], tensors[1:]) if packed else (tensors[:3], tensors[3:])
         q, k, v = _unpack(qkv)
         run = _dispatch.operator("partition_attention_forward", backend, q.device)
@@ -123,7 +125,8 @@ def _attend(
     if bias is not None:
         bias = bias.to(_checks.accumulation_dtype(qkv[0])).contiguous()
     geometry = (*partition.group, *partition.interval, *partition.shift)
-    return _PartitionAttention.apply(backend, geometry, scale, residual, bias, packed, *qkv, *mlp)[0]
+    run = _PartitionAttention.apply if torch.is_grad_enabled() else _PartitionAttention.forward
+    return run(backend, geometry, scale, residual, bias, packed, *qkv, *mlp)[0]
 
 
 def partition_attention(

@@ -7,9 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import _checks
 from ..partition import Size, as_pair
 from .op import evaluate
+
+_HALVES = (torch.float16, torch.bfloat16)
 
 
 class _Table(NamedTuple):
@@ -66,7 +67,7 @@ class DynamicPositionBias(nn.Module):
 
     def weights(self) -> tuple[Tensor, ...]:
         """The 14 parameters in the order that the operators take, float16 and bfloat16 converted to float32."""
-        return tuple(x.to(_checks.accumulation_dtype(x)) for x in self._stored())
+        return tuple(x.float() if x.dtype in _HALVES else x for x in self._stored())
 
     def _stored(self) -> tuple[Tensor, ...]:
         blocks = ((norm, linear) for norm, _, linear in (self.pos1, self.pos2, self.pos3))

@@ -33,17 +33,14 @@ _dispatch.define("dynamic_position_bias_forward", f"({_REST}) -> Tensor", _forwa
 _dispatch.define("dynamic_position_bias_backward", f"(Tensor dtable, {_REST}) -> Tensor[]", _backward_fake, _LAUNCHER)
 
 
-def _run_forward(backend: str, residual: bool, group: tuple[int, int], mlp: Sequence[Tensor]) -> Tensor:
-    run = _dispatch.operator("dynamic_position_bias_forward", backend, mlp[0].device)
-    return run(mlp, residual, *group)
-
-
 class _DynamicPositionBias(Function):
     """The table from the 14 parameters."""
 
     @staticmethod
-    def forward(backend, residual, group, *mlp):
-        return _run_forward(backend, residual, group, mlp)
+    def forward(*inputs):  # not spelt out: autograd inspects the signature at every call, and that takes its time
+        backend, residual, group, *mlp = inputs
+        run = _dispatch.operator("dynamic_position_bias_forward", backend, mlp[0].device)
+        return run(mlp, residual, *group)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -103,10 +100,8 @@ def evaluate(mlp: tuple[Tensor, ...], group_size: Size, residual: bool, backend:
     if backend == "reference":
         with torch.autocast(device.type, enabled=False):
             return _reference(mlp, group, residual)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in mlp):
-        return _DynamicPositionBias.apply(backend, residual, group, *mlp)
-    # not through the Function: under no_grad torch.compile hands it one argument too many
-    return _run_forward(backend, residual, group, mlp)
+    run = _DynamicPositionBias.apply if torch.is_grad_enabled() else _DynamicPositionBias.forward
+    return run(backend, residual, group, *mlp)
 
 
 def dynamic_position_bias(
