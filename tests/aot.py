@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
 import torch
@@ -68,19 +69,31 @@ def resources(kernel) -> dict[str, int]:
     )
 
 
-def attention(group: int, head_dim: int, dtype: torch.dtype, shift: int) -> Callable[[], object]:
-    """A forward and a backward of partition attention on a packed projection, with a bias table."""
+class Case(NamedTuple):
+    """A packed projection of three heads, with a bias table, or an MLP of a hidden width."""
+
+    group: int
+    head_dim: int
+    dtype: str
+    shift: int = 0
+    ragged: bool = False
+    hidden: int = 0
+
+
+def attention(case: Case) -> Callable[[], object]:
+    """A forward and a backward of partition attention."""
     from vitkernels.partition_attention import kernels
 
-    heads, side = 3, 2 * group
-    qkv = torch.empty(2, side, side, 3, heads, head_dim, dtype=dtype)
-    bias = torch.empty(heads, 2 * group - 1, 2 * group - 1)
-    geometry = (group, group, 1, 1, shift, shift)
+    heads, p, side = 3, case.hidden, 2 * case.group + case.ragged
+    qkv = torch.empty(2, side, side, 3, heads, case.head_dim, dtype=getattr(torch, case.dtype))
+    bias = None if p else torch.empty(heads, 2 * case.group - 1, 2 * case.group - 1)
+    shapes = [(p, 2), (p,), *[(p,), (p,), (p, p), (p,)] * 2, (p,), (p,), (heads, p), (heads,)] if p else []
+    geometry = (case.group, case.group, 1, 1, case.shift, case.shift)
 
     def call() -> None:
-        q, k, v = qkv.unbind(3)
-        out, statistic = kernels.partition_attention_forward(q, k, v, bias, [], False, *geometry, 0.2)
-        kernels.partition_attention_backward(out, q, k, v, bias, [], False, statistic, *geometry, 0.2)
+        inputs = *qkv.unbind(3), bias, [torch.empty(shape) for shape in shapes], False
+        out, statistic = kernels.partition_attention_forward(*inputs, *geometry, 0.2)
+        kernels.partition_attention_backward(out, *inputs, statistic, *geometry, 0.2)
 
     return call
 
@@ -88,7 +101,7 @@ def attention(group: int, head_dim: int, dtype: torch.dtype, shift: int) -> Call
 if __name__ == "__main__":
     capability, cases = int(sys.argv[1]), json.loads(sys.argv[2])
     found = {}
-    for name, (group, head_dim, dtype, shift) in cases.items():
-        compiled = compile_launches(attention(group, head_dim, getattr(torch, dtype), shift), capability)
+    for name, case in cases.items():
+        compiled = compile_launches(attention(Case(*case)), capability)
         found[name] = {kernel.name.strip("_"): resources(kernel) for kernel in compiled}
     print(json.dumps(found))

@@ -263,6 +263,16 @@ def test_no_score_matrix_in_memory(backend):
     assert qkv.numel() * 4 <= largest < scores / 2
 
 
+@compiled
+def test_a_group_larger_than_the_map_costs_no_more_than_the_map(backend):
+    device = DEVICE[backend]
+    q, k, v = torch.randn(3, 2, 5, 6, 2, 16, device=device)
+    expected = partition_attention(q, k, v, Partition.window((5, 6)), backend="reference")
+    for partition in (Partition.window(10**9), Partition.long((5, 10**9), (1, 1))):
+        torch.testing.assert_close(partition_attention(q, k, v, partition, backend=backend), expected)
+    torch.testing.assert_close(partition_attention(q, k, v, Partition.long(7, 10**9), backend=backend), v)
+
+
 # torch.library, compile, export, functional transforms, autocast
 
 
@@ -395,6 +405,12 @@ QKV = torch.randn(2, 14, 14, 3, 3, 32)
             ValueError,
             "q and bias must be on one device",
         ),
+        (
+            lambda: partition_attention(Q.to_sparse(), Q, Q, Partition(7)),
+            TypeError,
+            "q must be a dense tensor, got torch.sparse_coo",
+        ),
+        (lambda: partition_attention(*[Q[..., :0]] * 3, Partition(7)), ValueError, "head_dim must be at least 1"),
         (lambda: partition_attention(Q, Q, Q, Partition(7), scale="big"), TypeError, "scale must be a number or None"),
         (lambda: partition_attention(Q, Q, Q, Partition(7), scale=float("nan")), ValueError, "scale must be finite"),
         (

@@ -20,6 +20,8 @@ def check_tensor(name: str, x: object, layout: str) -> None:
         raise TypeError(f"{name} must be a torch.Tensor {layout}, got {type(x).__name__}")
     if x.dim() != layout.count(",") + 1:
         raise ValueError(f"{name} must be {layout}, got {x.dim()} dimensions: {shape_of(x)}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got {x.layout}; convert it with to_dense()")
     if x.dtype not in DTYPES:
         allowed = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
         raise TypeError(f"{name} must be one of {allowed}, got {str(x.dtype).removeprefix('torch.')}; convert it first")
@@ -59,6 +61,8 @@ def check_table(bias: object, q: Tensor, group: tuple[int, int]) -> None:
 
 def check_scale(scale: object, head_dim: int) -> float:
     """``scale`` as a float; None is head_dim ** -0.5."""
+    if head_dim == 0:
+        raise ValueError("head_dim must be at least 1, got 0")
     if scale is None:
         return head_dim**-0.5
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):

@@ -1,7 +1,9 @@
-"""What the Triton kernels share: the index map, rows of a token map, the one matrix product."""
+"""What the Triton kernels share: the index map, rows of a token map, the one matrix product, the softmax."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 LOG2E = tl.constexpr(1.4426950408889634)
+SHIFT_PENALTY = tl.constexpr(-100.0)  # added to the logit of a pair that only the shift brought together
 
 
 class Geometry(NamedTuple):
@@ -27,12 +30,14 @@ class Geometry(NamedTuple):
     starts_y: int  # groups
     starts_x: int
     ragged: tl.constexpr  # whether some group lies partly outside the map
+    shifted: tl.constexpr
 
     @classmethod
     def of(cls, height: int, width: int, group_h, group_w, interval_h, interval_w, shift_h, shift_w) -> Geometry:
         starts = (_starts(height, group_h, interval_h), _starts(width, group_w, interval_w))
         ragged = tl.constexpr(height % (group_h * interval_h) + width % (group_w * interval_w) > 0)
-        return cls(height, width, group_h, group_w, interval_h, interval_w, shift_h, shift_w, *starts, ragged)
+        shifted = tl.constexpr(shift_h + shift_w > 0)
+        return cls(height, width, group_h, group_w, interval_h, interval_w, shift_h, shift_w, *starts, ragged, shifted)
 
 
 def _starts(length: int, group: int, interval: int) -> int:
@@ -72,6 +77,7 @@ class Spec(NamedTuple):
     D: int  # head_dim
     BLOCK_D: int  # head_dim, padded
     PRECISION: str  # of float32 products: "ieee" or "tf32"
+    SWAPS: bool  # whether tensor cores take transposed tiles from shared memory
 
     @classmethod
     def of(cls, *tensors: Tensor) -> Spec:
@@ -80,7 +86,33 @@ class Spec(NamedTuple):
         aligned = all(n % unit == 0 for n in strides) and all(x.data_ptr() % 16 == 0 for x in tensors)
         wide = any(sum((n - 1) * s for n, s in zip(x.shape[1:3], x.stride()[1:3])) + head_dim >= 2**31 for x in tensors)
         block = max(16, triton.next_power_of_2(head_dim))
-        return cls(*map(tl.constexpr, (unit if aligned else 1, wide, head_dim, block, input_precision())))
+        swaps = not INTERPRETED and 90 <= capability(tensors[0].device) < 120
+        return cls(*map(tl.constexpr, (unit if aligned else 1, wide, head_dim, block, input_precision(), swaps)))
+
+
+class Call(NamedTuple):
+    """What the launches of a call share."""
+
+    rows: list[Rows]
+    tokens: int  # of a group
+    tasks: int  # groups of all images
+    arguments: dict[str, object]  # of every kernel
+
+    @classmethod
+    def of(cls, geometry: Geometry, scale: float, *tensors: Tensor) -> Call:
+        """``tensors`` [B, H, W, heads, head_dim], in the order in which the kernels take them."""
+        spec, x = Spec.of(*tensors), tensors[0]
+        tasks = x.shape[0] * geometry.starts_y * geometry.starts_x
+        arguments = dict(geometry=geometry, heads=x.shape[3], scale=scale, SPEC=spec)
+        return cls([Rows.of(x, spec) for x in tensors], geometry.group_h * geometry.group_w, tasks, arguments)
+
+    @property
+    def example(self) -> Tensor:
+        return self.rows[0].pointer
+
+    @property
+    def heads(self) -> int:
+        return self.example.shape[3]
 
 
 def input_precision() -> str:
@@ -109,8 +141,18 @@ def matmul(a, b, PRECISION: tl.constexpr):  # [M, K], [K, N] -> [M, N]
 
 
 @triton.jit
+def place(task, geometry):
+    """The image of a task (tasks number the groups of all images), and the first token of its group, before the shift.
+
+    Groups wholly outside the map have no number.
+    """
+    groups = geometry.starts_y * geometry.starts_x
+    return task // groups, group_start(task % groups, geometry)
+
+
+@triton.jit
 def group_start(group, geometry):
-    """The first token of a group, before the shift: row and column. Groups wholly outside the map have no number."""
+    """Row and column."""
     start_y, start_x = group // geometry.starts_x, group % geometry.starts_x
     region_y, region_x = start_y // geometry.interval_h, start_x // geometry.interval_w
     y = start_y + region_y * (geometry.group_h - 1) * geometry.interval_h
@@ -122,25 +164,23 @@ def group_start(group, geometry):
 def group_tokens(token, start, geometry):
     """The index map: where tokens (numbers in raster order, [N]) of the group that begins at ``start`` lie.
 
-    ``inside`` and ``wrapped`` compare the number and the column with limits of the group: that needs few registers.
+    Places are compared with borders as the number and the column of a token: that needs few registers.
     """
     row, column = token // geometry.group_w, token % geometry.group_w
     y = start[0] + row * geometry.interval_h + geometry.shift_h
     x = start[1] + column * geometry.interval_w + geometry.shift_w
-    inside_y = token < _before(geometry.height, start[0], geometry.interval_h, geometry.group_h) * geometry.group_w
-    inside_x = column < _before(geometry.width, start[1], geometry.interval_w, geometry.group_w)
-    lower = (
-        token
-        >= _before(geometry.height - geometry.shift_h, start[0], geometry.interval_h, geometry.group_h)
-        * geometry.group_w
-    )
-    right = column >= _before(geometry.width - geometry.shift_w, start[1], geometry.interval_w, geometry.group_w)
-    return Tokens(
-        tl.where(lower, y - geometry.height, y),
-        tl.where(right, x - geometry.width, x),
-        inside_y & inside_x if geometry.ragged else token < geometry.group_h * geometry.group_w,
-        tl.cast(lower, tl.int32) * 2 + tl.cast(right, tl.int32),
-    )
+    inside, wrapped = token < geometry.group_h * geometry.group_w, tl.zeros_like(token)
+    if geometry.ragged:
+        rows = _before(geometry.height, start[0], geometry.interval_h, geometry.group_h)
+        columns = _before(geometry.width, start[1], geometry.interval_w, geometry.group_w)
+        inside = (token < rows * geometry.group_w) & (column < columns)
+    if geometry.shifted:
+        rows = _before(geometry.height - geometry.shift_h, start[0], geometry.interval_h, geometry.group_h)
+        columns = _before(geometry.width - geometry.shift_w, start[1], geometry.interval_w, geometry.group_w)
+        lower, right = token >= rows * geometry.group_w, column >= columns
+        y, x = tl.where(lower, y - geometry.height, y), tl.where(right, x - geometry.width, x)
+        wrapped = tl.cast(lower, tl.int32) * 2 + tl.cast(right, tl.int32)
+    return Tokens(y, x, inside, wrapped)
 
 
 @triton.jit
@@ -150,31 +190,103 @@ def _before(border, start, interval, group):
 
 
 @triton.jit
-def row_pointers(rows, image, head, tokens, SPEC: tl.constexpr, part=0):  # [N, D]
-    """Addresses ``part`` elements after the tokens' rows: a 64-bit base, and offsets of 32 bits unless WIDE."""
+def _row_starts(rows, image, head, tokens, SPEC: tl.constexpr, part):  # scalar, [N]
+    """A 64-bit base ``part`` elements into the tokens' rows, and their offsets, of 32 bits unless WIDE."""
     y, x = tokens.y, tokens.x
     if SPEC.WIDE:
         y, x = tl.cast(y, tl.int64), tl.cast(x, tl.int64)
-    base = (
-        rows.pointer + (tl.cast(image, tl.int64) * rows.batch + tl.cast(head, tl.int64) * rows.head) * SPEC.UNIT + part
-    )
-    return base + ((y * rows.y + x * rows.x) * SPEC.UNIT)[:, None] + tl.arange(0, SPEC.BLOCK_D)[None, :]
-
-
-@triton.jit
-def row_mask(tokens, SPEC: tl.constexpr):  # [N, D]
-    """Elements of rows inside the map."""
-    return tokens.inside[:, None] & (tl.arange(0, SPEC.BLOCK_D) < SPEC.D)[None, :]
+    before = tl.cast(image, tl.int64) * rows.batch + tl.cast(head, tl.int64) * rows.head
+    return rows.pointer + before * SPEC.UNIT + part, (y * rows.y + x * rows.x) * SPEC.UNIT
 
 
 @triton.jit
 def load_rows(rows, image, head, tokens, SPEC: tl.constexpr):  # [N, D]
     """Rows of the tokens; zero outside the map."""
-    return tl.load(row_pointers(rows, image, head, tokens, SPEC), mask=row_mask(tokens, SPEC), other=0.0)
+    base, starts = _row_starts(rows, image, head, tokens, SPEC, 0)
+    o_d = tl.arange(0, SPEC.BLOCK_D)
+    mask = tokens.inside[:, None] & (o_d < SPEC.D)[None, :]
+    return tl.load(base + starts[:, None] + o_d[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def load_columns(rows, image, head, tokens, SPEC: tl.constexpr):  # [D, N]
+    """`load_rows`, transposed: by the order of the loads where tensor cores cannot do it."""
+    if SPEC.SWAPS:
+        return tl.trans(load_rows(rows, image, head, tokens, SPEC))
+    base, starts = _row_starts(rows, image, head, tokens, SPEC, 0)
+    o_d = tl.arange(0, SPEC.BLOCK_D)
+    mask = tokens.inside[None, :] & (o_d < SPEC.D)[:, None]
+    return tl.load(base + starts[None, :] + o_d[:, None], mask=mask, other=0.0)
+
+
+@triton.jit
+def load_both(rows, image, head, tokens, SPEC: tl.constexpr):  # [N, D], [D, N]
+    """`load_rows` and `load_columns`; the second load hits the cache."""
+    b_rows = load_rows(rows, image, head, tokens, SPEC)
+    return b_rows, tl.trans(b_rows) if SPEC.SWAPS else load_columns(rows, image, head, tokens, SPEC)
 
 
 @triton.jit
 def store_rows(rows, image, head, tokens, value, SPEC: tl.constexpr, part=0):  # value [N, D]
     """Write the rows of the tokens that lie inside the map, ``part`` elements further on."""
-    pointers = row_pointers(rows, image, head, tokens, SPEC, part)
-    tl.store(pointers, tl.cast(value, pointers.dtype.element_ty), mask=row_mask(tokens, SPEC))
+    base, starts = _row_starts(rows, image, head, tokens, SPEC, part)
+    o_d = tl.arange(0, SPEC.BLOCK_D)
+    mask = tokens.inside[:, None] & (o_d < SPEC.D)[None, :]
+    tl.store(base + starts[:, None] + o_d[None, :], tl.cast(value, rows.pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def pair_bias(p_table, o_query, o_key, geometry):
+    """Bias of pairs of tokens, from the table of a head: the offset is query minus key. Zero beyond the group.
+
+    The numbers of queries and of keys broadcast: queries are the rows or the columns of the tile.
+    """
+    side, tokens = 2 * geometry.group_w - 1, geometry.group_h * geometry.group_w
+    query = o_query // geometry.group_w * side + o_query % geometry.group_w
+    key = o_key // geometry.group_w * side + o_key % geometry.group_w
+    centre = (geometry.group_h - 1) * side + geometry.group_w - 1
+    return tl.load(p_table + (centre + query - key), mask=(o_query < tokens) & (o_key < tokens), other=0.0)
+
+
+@triton.jit
+def pair_logits(products, bias, rows, columns, scale, geometry):  # [M, N]
+    """Logits from q k^T."""
+    logits = products * scale + bias
+    if geometry.shifted:
+        apart = rows.wrapped[:, None] != columns.wrapped[None, :]
+        logits += tl.cast(apart, logits.dtype) * SHIFT_PENALTY
+    return logits
+
+
+@triton.jit
+def hide(logits, keys):  # [M, N]
+    """-inf for keys (columns) outside the map."""
+    return tl.where(keys.inside[None, :], logits, float("-inf"))
+
+
+@triton.jit
+def exp(logits, base):  # [M, N], [M, 1] or [1, N]
+    """exp(logits) / 2**base: one multiply-add and one exp2."""
+    return tl.exp2(logits * LOG2E - base)
+
+
+def accumulation_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+@lru_cache
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors; in the interpreter programs run one after another, so that two are plenty."""
+    return 2 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@lru_cache
+def capability(device: torch.device) -> int:
+    """Of the current device, which is ``device``: 90 for compute capability 9.0."""
+    return triton.runtime.driver.active.get_current_target().arch
+
+
+def on(device: torch.device) -> AbstractContextManager:
+    """Triton launches on the current device: make that the tensors'."""
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    return torch.cuda.device(device) if elsewhere else nullcontext()

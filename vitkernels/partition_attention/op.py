@@ -20,7 +20,7 @@ _GEOMETRY = "int group_h, int group_w, int interval_h, int interval_w, int shift
 
 
 def _forward_fake(q, k, v, bias, mlp, residual, group_h, group_w, *_, interpreted):
-    # one log-sum-exp per query, kept only where Triton streams the keys in tiles
+    # one log-sum-exp (of base 2) per query, kept only where Triton streams the keys in tiles
     streamed = group_h * group_w > 64 and (interpreted or q.device.type == "cuda")
     return q.new_empty(q.shape), q.new_empty(q.shape[:4] if streamed else (0,), dtype=_checks.accumulation_dtype(q))
 
@@ -96,6 +96,16 @@ def _refusal(backend: str, qkv: tuple[Tensor, ...]) -> str | None:
     return None
 
 
+def _crop(partition: Partition, bias: Tensor | None, height: int, width: int) -> tuple[Partition, Tensor | None]:
+    """Groups and intervals no larger than the map, and the part of the table they use: outside, nothing has weight."""
+    interval = tuple(min(i, n) for i, n in zip(partition.interval, (height, width)))
+    group = tuple(min(g, -(-n // i)) for g, n, i in zip(partition.group, (height, width), interval))
+    if bias is not None and group != partition.group:
+        rows, columns = (slice(g - s, g + s - 1) for g, s in zip(partition.group, group))
+        bias = bias[:, rows, columns]
+    return Partition(group, interval, partition.shift), bias
+
+
 def _attend(
     qkv: tuple[Tensor, ...],  # (q, k, v) or (packed,)
     partition: Partition,
@@ -119,6 +129,7 @@ def _attend(
     if qkv[0].numel() == 0:  # nothing to attend to, and gradients of zero
         q = _unpack(qkv)[0]
         return q.new_empty(q.shape) + sum(x.sum() for x in (*qkv, *mlp, bias) if x is not None).to(q.dtype)
+    partition, bias = _crop(partition, bias, height, width)
     if backend == "reference":
         return _reference(*_unpack(qkv), partition, bias, scale)
     qkv = tuple(x if x.stride(-1) == 1 else x.contiguous() for x in qkv)
