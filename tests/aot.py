@@ -59,6 +59,9 @@ def resources(kernel) -> dict[str, int]:
         file.flush()
         text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
     found = {key: int(value) for key, value in re.findall(r"(REG|STACK):(\d+)", text.stdout)}
+    loads, stores = (
+        re.findall(rf"tt\.{access} (%\w+).*64x64x!tt\.ptr<f32>", kernel.asm["ttgir"]) for access in ("load", "store")
+    )
     wide = re.findall(r"ld\.global\.v4|cp\.async\.cg\.shared\.global \[[^]]*\], \[[^]]*\], 0x10", kernel.asm["ptx"])
     return dict(
         warps=kernel.metadata.num_warps,
@@ -66,6 +69,8 @@ def resources(kernel) -> dict[str, int]:
         spilled=found["STACK"],
         shared=-(-kernel.metadata.shared // 1024),
         wide=len(wide),
+        own=bool(stores)
+        and set(stores) <= set(loads),  # one pointer, and so one layout, loads and stores the program's tile
     )
 
 

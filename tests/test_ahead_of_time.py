@@ -57,3 +57,4 @@ def test_budgets(capability):
         forward, backward, _ = found["49 tokens, bf16, 32"].values()
         assert forward["warps"] == 4 and forward["registers"] <= 128
         assert backward["warps"] == 4 and backward["registers"] <= 168
+        assert backward["own"], "without a barrier, every element of the tile must stay with one thread"
