@@ -1,5 +1,6 @@
 """What the tests share. Without a CUDA device the Triton kernels run in Triton's interpreter."""
 
+import mmap
 import os
 import pathlib
 
@@ -27,6 +28,14 @@ def _interpreter_refusal() -> str | None:
 
 TRITON_REFUSAL = _interpreter_refusal()
 needs_triton = pytest.mark.skipif(TRITON_REFUSAL is not None, reason=str(TRITON_REFUSAL))
+
+
+def sparse(elements: int, device: str) -> torch.Tensor:
+    """A float16 tensor of which only the touched pages take memory on a CPU."""
+    if device == "cuda":
+        return torch.empty(elements, dtype=torch.float16, device=device)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
+    return torch.frombuffer(mmap.mmap(-1, 2 * elements, flags=flags), dtype=torch.float16)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import functools
 
 import pytest
 import torch
+from conftest import sparse
 from contract import assert_contract, outputs_and_gradients
 
 import vitkernels
@@ -352,6 +353,63 @@ def test_autocast(dtype, backend):
     assert torch.equal(out, low)
     out.float().sum().backward()
     assert qkv.grad.dtype == torch.float32 and bias.grad.dtype == torch.float32
+
+
+@compiled
+@pytest.mark.parametrize(
+    "strides", [(2**31 + 8, 128, 32, 16), (512, 2**30, 32, 16), (512, 128, 2**30 + 8, 16), (512, 128, 32, 2**31)]
+)
+def test_addresses_past_2_31_elements(strides, backend):
+    near = torch.randn(3, 2, 3, 3, 2, 8).half()
+    far = []
+    for x in near:
+        storage = sparse(1 + sum((n - 1) * stride for n, stride in zip(x.shape, (*strides, 1))), DEVICE[backend])
+        far.append(storage.as_strided(x.shape, (*strides, 1)).copy_(x))
+    results = []
+    for qkv in (near.to(DEVICE[backend]).unbind(0), far):
+        leaves = [x.detach().requires_grad_() for x in qkv]
+        out = partition_attention(*leaves, Partition.long(2, 2), backend=backend)
+        results.append([out, *torch.autograd.grad(out.float().sum(), leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("group", [7, 14])
+def test_cuda_graph(group):
+    qkv = torch.randn(2, 14, 14, 3, 2, 32, device="cuda", requires_grad=True)
+    bias = torch.randn(2, 2 * group - 1, 2 * group - 1, device="cuda", requires_grad=True)
+
+    def step():
+        out = vitkernels.window_attention(qkv, bias, window_size=group)
+        return out, *torch.autograd.grad(out.square().sum(), (qkv, bias))
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        qkv.normal_()
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, step()))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_tf32_is_used_where_it_is_allowed_and_only_there():
+    inputs, _ = make(Partition.window(7), 14, 14, 2, 32)
+    exact = run(Partition.window(7), "reference", *inputs)
+    errors = {}
+    for precision in ("highest", "high"):
+        torch.set_float32_matmul_precision(precision)
+        out = run(Partition.window(7), "triton", *(x.float().cuda() for x in inputs))
+        errors[precision] = (out.cpu().double() - exact).abs().max() / exact.abs().max()
+    torch.set_float32_matmul_precision("highest")
+    assert errors["highest"] < 2e-6 < errors["high"] < 5e-3
 
 
 # bad input

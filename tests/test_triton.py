@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import mmap
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TRITON_REFUSAL
+from conftest import TRITON_REFUSAL, sparse
 from contract import assert_contract
 from torch import Tensor
 from torch.autograd import Function
@@ -275,14 +274,6 @@ def test_index_map(partition, height, width, device):
     expected, over = expected[inside], (over @ torch.tensor([2, 1], dtype=torch.int32))[inside]
     ours = zip(index[:, :tokens].tolist(), wrapped[:, :tokens].tolist())
     assert sorted(ours) == sorted(zip(expected.tolist(), over.tolist()))
-
-
-def sparse(elements: int, device: str) -> Tensor:
-    """A float16 tensor of which only the touched pages take memory on a CPU."""
-    if device == "cuda":
-        return torch.empty(elements, dtype=torch.float16, device=device)
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
-    return torch.frombuffer(mmap.mmap(-1, 2 * elements, flags=flags), dtype=torch.float16)
 
 
 @pytest.mark.parametrize(
