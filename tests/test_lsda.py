@@ -91,6 +91,13 @@ def test_a_module_and_its_table_give_the_same():
     assert torch.equal(lsda_attention(qkv, module, group_size=7, interval=2), expected)
 
 
+def test_a_group_larger_than_the_map_evaluates_the_offsets_of_the_map_alone():
+    module, qkv = DynamicPositionBias(96, 3), torch.randn(1, 5, 6, 3, 3, 32)
+    expected = lsda_attention(qkv, module, group_size=(5, 6))
+    assert torch.equal(lsda_attention(qkv, module, group_size=10**6), expected)
+    assert lsda_attention(qkv[:, :0], module, group_size=10**6).shape == (1, 0, 6, 3, 32)
+
+
 @needs_triton
 def test_inline_refuses_what_it_cannot_do(device):
     module = DynamicPositionBias(96, 3).to(device)

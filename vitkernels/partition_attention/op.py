@@ -98,8 +98,9 @@ def _refusal(backend: str, qkv: tuple[Tensor, ...]) -> str | None:
 
 def _crop(partition: Partition, bias: Tensor | None, height: int, width: int) -> tuple[Partition, Tensor | None]:
     """Groups and intervals no larger than the map, and the part of the table they use: outside, nothing has weight."""
-    interval = tuple(min(i, n) for i, n in zip(partition.interval, (height, width)))
-    group = tuple(min(g, -(-n // i)) for g, n, i in zip(partition.group, (height, width), interval))
+    lengths = max(height, 1), max(width, 1)
+    interval = tuple(min(i, n) for i, n in zip(partition.interval, lengths))
+    group = tuple(min(g, -(-n // i)) for g, n, i in zip(partition.group, lengths, interval))
     if bias is not None and group != partition.group:
         rows, columns = (slice(g - s, g + s - 1) for g, s in zip(partition.group, group))
         bias = bias[:, rows, columns]
@@ -273,7 +274,7 @@ def lsda_attention(
     if not isinstance(position_bias, nn.Module):
         return _attend((qkv,), partition, position_bias, scale, backend)
     _check_module(position_bias, qkv)
-    partition = partition.on(*qkv.shape[1:3])
+    partition, _ = _crop(partition.on(*qkv.shape[1:3]), None, *qkv.shape[1:3])
     chosen = _dispatch.select("partition_attention", qkv.device, backend, lambda backend: _refusal(backend, (qkv,)))
     if not _inline(position_bias, form, chosen, partition):
         return _attend((qkv,), partition, position_bias(partition.group, backend=backend), scale, backend)
