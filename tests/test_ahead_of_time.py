@@ -23,6 +23,7 @@ EVERYWHERE = {  # as Case of aot.py: group side, head_dim, dtype, shift, whether
     "64 tokens, fp16, 64": (8, 64, "float16"),
     "100 tokens, bf16, 32": (10, 32, "bfloat16"),
     "196 tokens, fp16, 64": (14, 64, "float16"),
+    "196 tokens, bf16, 96": (14, 96, "bfloat16"),
 }
 ON_TWO = {
     "16 tokens, bf16, 32": (4, 32, "bfloat16"),
@@ -38,6 +39,15 @@ ON_TWO = {
 }
 
 
+SPILLED = {  # bytes of a thread; 0 where nothing stands
+    (86, "196 tokens, bf16, 96", "streamed_attention_backward_query"): 16,
+    (86, "196 tokens, bf16, 96", "streamed_attention_backward_key"): 8,
+    (89, "196 tokens, bf16, 96", "streamed_attention_backward_query"): 16,
+    (89, "196 tokens, bf16, 96", "streamed_attention_backward_key"): 8,
+    (120, "196 tokens, bf16, 96", "streamed_attention_backward_key"): 8,
+}
+
+
 @pytest.mark.parametrize("capability", SHARED)
 def test_budgets(capability):
     cases = EVERYWHERE | (ON_TWO if capability in (80, 90) else {})
@@ -47,8 +57,8 @@ def test_budgets(capability):
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    spilled = {(case, name): r["spilled"] for case, kernels in found.items() for name, r in kernels.items()}
-    assert {key: n for key, n in spilled.items() if n > 0} == {}
+    spilled = {(capability, case, name): r["spilled"] for case, kernels in found.items() for name, r in kernels.items()}
+    assert {key: n for key, n in spilled.items() if n > SPILLED.get(key, 0)} == {}
     for case, kernels in found.items():
         for name, r in kernels.items():
             assert r["shared"] <= SHARED[capability], (case, name, r)

@@ -197,7 +197,8 @@ def _settings(kernel, x: Tensor) -> dict[str, int]:
     """
     if INTERPRETED:
         return {}
-    narrow, warps = x.shape[-1] <= 32 and x.dtype != torch.float32, 8 if x.dtype == torch.float32 else 4
+    narrow = x.shape[-1] <= 32 and x.dtype != torch.float32
+    warps = 8 if x.dtype == torch.float32 or x.shape[-1] > 64 else 4
     if kernel is _streamed_attention_forward:
         return {"num_warps": warps, "num_stages": 2, "maxnreg": 168 if narrow else 255}
     return {"num_warps": warps, "num_stages": 1, "maxnreg": 255}
