@@ -59,6 +59,13 @@ def check_table(bias: object, q: Tensor, group: tuple[int, int]) -> None:
     check_device("q", q, "bias", bias)
 
 
+def check_ints(**values: object) -> None:
+    """Sizes of a layer, by name, are ints."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be an int, got {value!r}")
+
+
 def check_scale(scale: object, head_dim: int) -> float:
     """``scale`` as a float; None is head_dim ** -0.5."""
     if head_dim == 0:

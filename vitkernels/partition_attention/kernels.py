@@ -215,7 +215,7 @@ def _tile(tokens: int) -> int:
 
 
 def _settings(kernel, call: Call, inline: bool) -> dict[str, int]:
-    """Warps, pipeline stages and, where it buys resident blocks, a limit of registers; HELD for the backward.
+    """Warps, pipeline stages and, where it buys resident blocks, a limit of registers; HELD, FENCED for the backward.
 
     Chosen by what the compiler makes of the kernels for each chip (tests/test_ahead_of_time.py).
     """

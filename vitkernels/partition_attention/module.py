@@ -17,9 +17,8 @@ class _Attention(nn.Module):
 
     def __init__(self, dim: int, heads: int, *, qkv_bias: bool, scale: float | None, proj_drop: float):
         super().__init__()
+        _checks.check_ints(dim=dim, heads=heads)
         for name, value in (("dim", dim), ("heads", heads)):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be an int, got {value!r}")
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if dim % heads:

@@ -101,7 +101,9 @@ def _crop(partition: Partition, bias: Tensor | None, height: int, width: int) ->
     lengths = max(height, 1), max(width, 1)
     interval = tuple(min(i, n) for i, n in zip(partition.interval, lengths))
     group = tuple(min(g, -(-n // i)) for g, n, i in zip(partition.group, lengths, interval))
-    if bias is not None and group != partition.group:
+    if (group, interval) == (partition.group, partition.interval):
+        return partition, bias
+    if bias is not None:
         rows, columns = (slice(g - s, g + s - 1) for g, s in zip(partition.group, group))
         bias = bias[:, rows, columns]
     return Partition(group, interval, partition.shift), bias

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .._checks import check_ints
 from ..partition import Size, as_pair
 from .op import evaluate
 
@@ -53,9 +54,7 @@ class DynamicPositionBias(nn.Module):
 
     def __init__(self, dim: int, heads: int, residual: bool = False):
         super().__init__()
-        for name, value in (("dim", dim), ("heads", heads)):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be an int, got {value!r}")
+        check_ints(dim=dim, heads=heads)
         if dim < 16 or heads < 1:
             raise ValueError(f"dim must be at least 16 and heads at least 1, got dim {dim} and {heads} heads")
         self.hidden, self.heads, self.residual = dim // 16, heads, residual
