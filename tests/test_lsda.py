@@ -11,7 +11,7 @@ import vitkernels
 from vitkernels import DynamicPositionBias, Partition, lsda_attention, partition_attention_qkvpacked
 
 cpu = pytest.param(
-    "cpu", "table", marks=pytest.mark.skipif(not vitkernels._native.available, reason=vitkernels._native.reason)
+    "cpu", "table", marks=pytest.mark.skipif(not vitkernels._native.cpu.available, reason=vitkernels._native.cpu.reason)
 )
 table, inline = (pytest.param("triton", form, marks=needs_triton) for form in ("table", "inline"))
 

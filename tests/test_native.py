@@ -22,14 +22,14 @@ LEVELS = ("avx512", "avx2", "default")
 MARCH = {"avx512": ["-march=x86-64-v4"], "avx2": ["-march=x86-64-v3"], "default": []}
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
-needs_native = pytest.mark.skipif(not _native.available, reason=str(_native.reason))
+needs_native = pytest.mark.skipif(not _native.cpu.available, reason=str(_native.cpu.reason))
 
 
 def supported(level: str) -> bool:
     """Whether this machine runs code for ``level``."""
     if level == "default":
         return True
-    return _native.available and platform.machine() in ("x86_64", "AMD64") and _run_level(level) == level
+    return _native.cpu.available and platform.machine() in ("x86_64", "AMD64") and _run_level(level) == level
 
 
 def _run(code: str, level: str = "", *arguments: str) -> str:
@@ -300,6 +300,7 @@ def test_refusals():
 
 
 def test_absence_says_what_to_do(monkeypatch):
-    monkeypatch.setattr(_native, "_find", lambda: None)
-    library, reason = _native._load()
-    assert library is None and "pip install --no-build-isolation" in reason
+    monkeypatch.setattr(_native, "_find", lambda name: None)
+    library = _native._load("_C", "C++", "reinstall")
+    assert not library.available and library.reason == "the C++ library was not built; reinstall"
+    assert "pip install --no-build-isolation" in _native.HOW_TO_BUILD

@@ -13,7 +13,7 @@ import vitkernels
 from vitkernels import Partition, partition_attention, partition_attention_qkvpacked
 
 cpu = pytest.param(
-    "cpu", marks=pytest.mark.skipif(not vitkernels._native.available, reason=str(vitkernels._native.reason))
+    "cpu", marks=pytest.mark.skipif(not vitkernels._native.cpu.available, reason=str(vitkernels._native.cpu.reason))
 )
 gpu = pytest.param(
     "triton", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -474,7 +474,7 @@ QKV = torch.randn(2, 14, 14, 3, 3, 32)
         (
             lambda: partition_attention(Q, Q, Q, Partition(7), backend="fast"),
             ValueError,
-            "backend must be one of triton, cpu, reference or None, got 'fast'",
+            "backend must be one of triton, cuda, cpu, reference or None, got 'fast'",
         ),
         (
             lambda: partition_attention_qkvpacked(Q, Partition(7)),

@@ -16,7 +16,7 @@ import vitkernels
 from vitkernels import DynamicPositionBias, dynamic_position_bias
 from vitkernels.position_bias.reference import dynamic_position_bias as reference
 
-native = pytest.mark.skipif(not vitkernels._native.available, reason=str(vitkernels._native.reason))
+native = pytest.mark.skipif(not vitkernels._native.cpu.available, reason=str(vitkernels._native.cpu.reason))
 cpu = pytest.param("cpu", marks=native)
 triton = pytest.param("triton", marks=pytest.mark.skipif(TRITON_REFUSAL is not None, reason=str(TRITON_REFUSAL)))
 backends = pytest.mark.parametrize("backend", [cpu, triton])

@@ -4,6 +4,7 @@ A partition is an index map; attention inside a group is one kernel; everything 
 """
 
 from ._dispatch import info
+from .cluster_attention import balanced_clusters, cluster_attention, feature_space_attention
 from .partition import Partition
 from .partition_attention import (
     LongShortDistanceAttention,
@@ -26,8 +27,11 @@ __all__ = [
     "MaxSA",
     "Partition",
     "WindowAttention",
+    "balanced_clusters",
     "block_attention",
+    "cluster_attention",
     "dynamic_position_bias",
+    "feature_space_attention",
     "grid_attention",
     "info",
     "lsda_attention",

@@ -1,8 +1,8 @@
 """Which backend runs an operator, and how operators are registered with torch.library.
 
 Every operator is one schema in the namespace ``vitkernels``. Its CUDA implementation is a Triton launcher, imported
-at the first call; its CPU implementation is registered by the C++ library when that loads. With
-``TRITON_INTERPRET=1`` a twin named ``<operator>_interpreted`` runs the Triton launcher on CPU tensors.
+at the first call, or registered by the CUDA library when that loads; its CPU implementation is registered by the C++
+library. With ``TRITON_INTERPRET=1`` a twin named ``<operator>_interpreted`` runs the Triton launcher on CPU tensors.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 
 from . import _native
 
-BACKENDS = ("triton", "cpu", "reference")
+BACKENDS = ("triton", "cuda", "cpu", "reference")
 LIBRARY = torch.library.Library("vitkernels", "DEF")
 
 
@@ -27,12 +27,12 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def define(name: str, schema: str, fake: Callable, launcher: str) -> None:
+def define(name: str, schema: str, fake: Callable, launcher: str | None) -> None:
     """Register operator ``name``.
 
     Args:
         fake: makes outputs of the right shape from the operator's arguments; ``interpreted=``: whether for the twin.
-        launcher: the module whose function ``name`` launches the Triton kernels.
+        launcher: the module whose function ``name`` launches the Triton kernels; None where the CUDA library has them.
     """
 
     def launch(*args):
@@ -41,10 +41,11 @@ def define(name: str, schema: str, fake: Callable, launcher: str) -> None:
     def register(name: str, key: str, interpreted: bool) -> None:
         LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"vitkernels::{name}", partial(fake, interpreted=interpreted), lib=LIBRARY)
-        LIBRARY.impl(name, launch, key)
+        if launcher is not None:
+            LIBRARY.impl(name, launch, key)
 
     register(name, "CUDA", False)
-    if interpreted():
+    if launcher is not None and interpreted():
         register(f"{name}_interpreted", "CPU", True)
 
 
@@ -63,13 +64,21 @@ def _triton_absent() -> str | None:
     return None
 
 
+def _cuda_absent() -> str | None:
+    """Why the CUDA library's kernels cannot run here, or None."""
+    if not _native.cuda.available:
+        return _native.cuda.reason
+    return None if torch.cuda.is_available() else "no CUDA device"
+
+
 def _cpu_absent() -> str | None:
     """Why the C++ kernels cannot run here, or None."""
-    return None if _native.available else _native.reason
+    return None if _native.cpu.available else _native.cpu.reason
 
 
 _ABSENT: dict[str, Callable[[], str | None]] = {
     "triton": _triton_absent,
+    "cuda": _cuda_absent,
     "cpu": _cpu_absent,
     "reference": lambda: None,
 }
@@ -80,34 +89,54 @@ def absent(backend: str) -> str | None:
     return _ABSENT[backend]()
 
 
-def _default(device: torch.device) -> str:
-    """CUDA tensors: Triton. CPU tensors: C++ if it is built, else the reference. Other devices: the reference."""
+def _default(device: torch.device, gpu: str) -> str:
+    """CUDA tensors: ``gpu``; without its library, which is an option when vitkernels is built, the reference. CPU
+    tensors: C++ if it is built, else the reference. Other devices: the reference.
+    """
     if device.type == "cuda":
-        return "triton"
-    return "cpu" if device.type == "cpu" and _native.available else "reference"
+        return "reference" if gpu == "cuda" and absent(gpu) else gpu
+    return "cpu" if device.type == "cpu" and _native.cpu.available else "reference"
 
 
 def _wrong_device(backend: str, device: torch.device) -> str | None:
     if backend == "cpu" and device.type != "cpu":
         return f"it takes CPU tensors, got {device}"
+    if backend == "cuda" and device.type != "cuda":
+        return f"it takes CUDA tensors, got {device}"
     if backend == "triton" and device.type != "cuda" and not (device.type == "cpu" and interpreted()):
         return f"it takes CUDA tensors, got {device} (TRITON_INTERPRET=1 would interpret the kernels on CPU tensors)"
     return None
 
 
-def select(name: str, device: torch.device, backend: str | None, refusal: Callable[[str], str | None]) -> str:
+def _without_kernels(backend: str, gpu: str) -> str | None:
+    if backend not in (gpu, "cpu"):
+        return f"it has no kernels for that; backend={gpu!r} is what runs on CUDA tensors"
+    return None
+
+
+def select(
+    name: str,
+    device: torch.device,
+    backend: str | None,
+    refusal: Callable[[str], str | None] = lambda backend: None,
+    gpu: str = "triton",
+) -> str:
     """The backend that runs operator ``name``: ``backend`` if it is given, else the device's own. Never another one.
+
+    Args:
+        refusal: says why a backend cannot run this call, or None.
+        gpu: where the operator's kernels for CUDA tensors are: "triton" or "cuda".
 
     Raises:
         ValueError: no such backend.
-        RuntimeError: it cannot run here or cannot run this call (``refusal(backend)`` says why).
+        RuntimeError: it cannot run here or cannot run this call.
     """
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, got {backend!r}")
-    chosen = backend or _default(device)
+    chosen = backend or _default(device, gpu)
     if chosen == "reference":
         return chosen
-    why = absent(chosen) or _wrong_device(chosen, device) or refusal(chosen)
+    why = _without_kernels(chosen, gpu) or absent(chosen) or _wrong_device(chosen, device) or refusal(chosen)
     if why:
         raise RuntimeError(f"{chosen} cannot run {name}: {why}. backend='reference' runs anywhere")
     return chosen
@@ -146,13 +175,24 @@ def info() -> Info:
     found["CUDA devices"] = ", ".join(devices) or "none"
     for backend in BACKENDS:
         why = absent(backend)
-        found[f"backend {backend}"] = f"absent: {why}" if why else _describe(backend)
+        found[f"backend {backend}"] = f"absent: {why}{_consequence(backend)}" if why else _describe(backend)
     return found
+
+
+def _consequence(backend: str) -> str:
+    """What runs instead of an absent backend where its absence costs time."""
+    if backend == "cuda" and torch.cuda.is_available():
+        return "; balanced_clusters runs on CUDA tensors as batched PyTorch operations, the slow way"
+    return ""
 
 
 def _describe(backend: str) -> str:
     if backend == "triton":
         return "available, interpreted on CPU tensors" if interpreted() else "available, the default for CUDA tensors"
+    if backend == "cuda":
+        return "available, the default of balanced_clusters for CUDA tensors"
     if backend == "cpu":
         return f"available, the default for CPU tensors; vectors: {_native.capability()}"
-    return "available" + ("" if _native.available else ", the default for CPU tensors while the C++ library is absent")
+    return "available" + (
+        "" if _native.cpu.available else ", the default for CPU tensors while the C++ library is absent"
+    )

@@ -1,40 +1,53 @@
-"""The C++ library: loaded here, once, when the package is imported."""
+"""The C++ and CUDA libraries: loaded here, once, when the package is imported."""
 
 from __future__ import annotations
 
 import ctypes
 import importlib.machinery
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-available: bool  # whether the C++ kernels can run here
-reason: str  # why not, and what to do about it; empty where they can
+
+class Library(NamedTuple):
+    """A native library, or the reason why it is not there and what to do about it."""
+
+    handle: ctypes.CDLL | None
+    reason: str
+
+    @property
+    def available(self) -> bool:
+        return self.handle is not None
 
 
-def _find() -> Path | None:
+def _find(name: str) -> Path | None:
     """The library beside this file, whatever suffix the build gave it."""
     suffixes = importlib.machinery.EXTENSION_SUFFIXES
-    paths = (Path(__file__).with_name(f"_C{suffix}") for suffix in suffixes)
+    paths = (Path(__file__).with_name(f"{name}{suffix}") for suffix in suffixes)
     return next((path for path in paths if path.exists()), None)
 
 
-def _load() -> tuple[ctypes.CDLL | None, str]:
-    """The loaded library, or None and the reason."""
-    path = _find()
+HOW_TO_BUILD = "reinstall vitkernels with 'pip install --no-build-isolation' where torch{} installed"
+
+
+def _load(name: str, kind: str, remedy: str) -> Library:
+    path = _find(name)
     if path is None:
-        return None, (
-            "the C++ library was not built; with torch installed, reinstall vitkernels with "
-            "'pip install --no-build-isolation' (VITKERNELS_NATIVE=1 shows why a build fails)"
-        )
+        return Library(None, f"the {kind} library was not built; {remedy}")
     try:
-        return ctypes.CDLL(str(path)), ""
+        return Library(ctypes.CDLL(str(path)), "")
     except OSError as error:
-        return None, f"{path.name} does not load: {error}; it needs torch 2.10 or later, this is {torch.__version__}"
+        return Library(
+            None, f"{path.name} does not load: {error}; it needs torch 2.10 or later, this is {torch.__version__}"
+        )
 
 
-_library, reason = _load()
-available = _library is not None
+cpu = _load("_C", "C++", f"{HOW_TO_BUILD.format(' is')} (VITKERNELS_NATIVE=1 shows why a build fails)")
+if torch.version.cuda:
+    cuda = _load("_CUDA", "CUDA", f"{HOW_TO_BUILD.format(' and nvcc are')} (VITKERNELS_CUDA=1 shows why a build fails)")
+else:
+    cuda = Library(None, f"torch {torch.__version__} is built without CUDA")
 
 
 def capability() -> str:
@@ -42,7 +55,7 @@ def capability() -> str:
 
     The best that the processor has; VITKERNELS_CPU_CAPABILITY, set to one of them before the import, lowers it.
     """
-    if _library is None:
-        raise RuntimeError(reason)
-    _library.vitkernels_cpu_capability.restype = ctypes.c_char_p
-    return _library.vitkernels_cpu_capability().decode()
+    if cpu.handle is None:
+        raise RuntimeError(cpu.reason)
+    cpu.handle.vitkernels_cpu_capability.restype = ctypes.c_char_p
+    return cpu.handle.vitkernels_cpu_capability().decode()
