@@ -503,14 +503,14 @@ def test_bad_input(call, error, message):
 
 
 def test_a_forced_backend_refuses_and_says_why(monkeypatch):
-    monkeypatch.setattr(vitkernels._native, "available", True)
+    library = vitkernels._native.Library
+    monkeypatch.setattr(vitkernels._native, "cpu", library(object(), ""))
     with pytest.raises(
         RuntimeError, match="cpu cannot run partition_attention: .*meta.*backend='reference' runs anywhere"
     ):
         x = Q.to("meta")
         partition_attention(x, x, x, Partition(7), backend="cpu")
-    monkeypatch.setattr(vitkernels._native, "available", False)
-    monkeypatch.setattr(vitkernels._native, "reason", "it was not built")
+    monkeypatch.setattr(vitkernels._native, "cpu", library(None, "it was not built"))
     with pytest.raises(RuntimeError, match="cpu cannot run partition_attention: it was not built"):
         partition_attention(Q, Q, Q, Partition(7), backend="cpu")
     expected = partition_attention(Q, Q, Q, Partition(7), backend="reference")

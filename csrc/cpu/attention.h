@@ -64,6 +64,60 @@ void softmax_backward(Matrix<T> weights, Matrix<T> dweights, int64_t rows, int64
     softmax_backward_tile<T, 1>({weights.row(i), weights.stride}, {dweights.row(i), dweights.stride}, columns);
 }
 
+// Rows of scores computed at a time: few enough for the nearest cache, a multiple of a tile's.
+constexpr int64_t STEP = 18;
+// Scores that a backward pass holds at a time (all of a group of up to 181 tokens).
+constexpr int64_t SCORES = 32 * 1024;
+
+// Queries and the keys they attend to, gathered into local buffers of padded rows.
+template <class T>
+struct Buffers {
+  Matrix<T> q, k, v, out;  // out takes dq in a backward pass
+  Matrix<T> k_transposed, scores;
+  Matrix<T> dout, dk, dv, v_transposed, dscores;  // of a backward pass
+
+  // The same from query `query` and key `key` on.
+  VITKERNELS_INLINE Buffers from(int64_t query, int64_t key) const {
+    Buffers b = *this;
+    b.q = q.at(query, 0), b.out = out.at(query, 0), b.dout = dout.at(query, 0);
+    b.k = k.at(key, 0), b.v = v.at(key, 0), b.dk = dk.at(key, 0), b.dv = dv.at(key, 0);
+    b.k_transposed = k_transposed.at(0, key), b.v_transposed = v_transposed.at(0, key);
+    return b;
+  }
+};
+
+// out = weights v. `weigh(i, rows, scores)` writes rows [i, i + rows) of the weights.
+template <class T, class Weigh, class Between>
+void attend(const Buffers<T>& b, int64_t queries, int64_t keys, int64_t width, Weigh weigh, Between& between) {
+  for (int64_t i = 0, rows; i < queries; i += rows) {
+    rows = share_of(queries - i, STEP);
+    weigh(i, rows, b.scores);
+    multiply<T>(b.scores, b.v, b.out.at(i, 0), rows, keys, width, false, between);
+  }
+}
+
+// out = dq / scale, dk and dv, which are added to if ADD; q is scaled. At most `most` rows of scores are held at a
+// time; `use(i, rows)` sees their gradients, in dscores.
+template <bool ADD, class T, class Weigh, class Use, class Between>
+void attend_backward(const Buffers<T>& b, int64_t queries, int64_t keys, int64_t head_dim, int64_t width, int64_t most,
+                     Weigh weigh, Use use, Between& between) {
+  for (int64_t begin = 0, held; begin < queries; begin += held) {
+    held = share_of(queries - begin, most);
+    for (int64_t i = begin, rows; i < begin + held; i += rows) {
+      rows = share_of(begin + held - i, STEP);
+      Matrix<T> scores = b.scores.at(i - begin, 0), dscores = b.dscores.at(i - begin, 0);
+      weigh(i, rows, scores);
+      multiply<T>(b.dout.at(i, 0), b.v_transposed, dscores, rows, head_dim, dscores.stride, false, between);
+      softmax_backward<T>(scores, dscores, rows, dscores.stride);
+    }
+    bool add = ADD || begin > 0;
+    multiply<T, true>(b.scores, b.dout.at(begin, 0), b.dv, keys, held, width, add, between);
+    multiply<T, true>(b.dscores, b.q.at(begin, 0), b.dk, keys, held, width, add, between);
+    multiply<T>(b.dscores, b.k, b.out.at(begin, 0), held, keys, width, false, between);
+    use(begin, held);
+  }
+}
+
 constexpr int SHIFT_PENALTY = -100;  // as every published Swin has it
 
 // One group: `height` x `width` tokens, the first ones of a group of `group_height` x `group_width` that reaches over

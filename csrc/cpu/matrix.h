@@ -5,6 +5,7 @@
 
 namespace vitkernels::VITKERNELS_LEVEL {
 
+VITKERNELS_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 VITKERNELS_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The first of the fewest like parts of n that have at most `most`.

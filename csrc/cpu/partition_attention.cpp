@@ -1,58 +1,18 @@
 // The operator partition_attention on CPU tensors: outputs, the division of the work, the bias table and its gradient.
 #include "partition_attention.h"
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include <algorithm>
 #include <optional>
 #include <vector>
 
-#include "capability.h"
+#include "operator.h"
 
 namespace vitkernels {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-Element element_of(const Tensor& q) {
-  switch (q.scalar_type()) {
-    case ScalarType::Float: return Element::FLOAT;
-    case ScalarType::Double: return Element::DOUBLE;
-    case ScalarType::Half: return Element::HALF;
-    case ScalarType::BFloat16: return Element::BFLOAT16;
-    default: STD_TORCH_CHECK(false, "partition_attention takes float32, float64, float16 or bfloat16");
-  }
-}
-
 const PartitionAttentionKernels& kernels() {
-  static const PartitionAttentionKernels chosen = [] {
-    switch (capability()) {
-#if defined(VITKERNELS_HAS_AVX512)
-      case Capability::AVX512: return avx512::partition_attention_kernels();
-#endif
-#if defined(VITKERNELS_HAS_AVX2)
-      case Capability::AVX2: return avx2::partition_attention_kernels();
-#endif
-      default: return baseline::partition_attention_kernels();
-    }
-  }();
+  static PartitionAttentionKernels (*const make[])() = VITKERNELS_LEVELS(partition_attention_kernels);
+  static const PartitionAttentionKernels chosen = make[int(capability())]();
   return chosen;
-}
-
-// x: [B, H, W, heads, head_dim]
-View view(const Tensor& x) {
-  STD_TORCH_CHECK(x.dim() == 5 && (x.stride(4) == 1 || x.size(4) <= 1),
-                  "expected [B, H, W, heads, head_dim] with unit stride in head_dim");
-  return {static_cast<char*>(x.data_ptr()), x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
-}
-
-// Third `part` (0, 1, 2 for q, k, v) of a contiguous [B, H, W, 3, heads, head_dim].
-View view_of_part(const Tensor& qkv, int64_t part) {
-  char* data = static_cast<char*>(qkv.data_ptr()) + part * qkv.stride(3) * qkv.element_size();
-  return {data, qkv.stride(0), qkv.stride(1), qkv.stride(2), qkv.stride(4)};
 }
 
 // A bias table in the order in which the kernels read it: the offsets negated, which reverses each head's.
@@ -84,7 +44,7 @@ struct Geometry {
 
 PartitionAttention describe(const Tensor& q, const Tensor& k, const Tensor& v, const Geometry& g, double scale) {
   PartitionAttention problem{};
-  problem.q = view(q), problem.k = view(k), problem.v = view(v);
+  problem.q = view_of(q), problem.k = view_of(k), problem.v = view_of(v);
   problem.map = {{q.size(1), g.group_h, g.interval_h, g.shift_h}, {q.size(2), g.group_w, g.interval_w, g.shift_w}};
   problem.bias_size = (2 * g.group_h - 1) * (2 * g.group_w - 1);
   problem.head_dim = q.size(4);
@@ -118,7 +78,7 @@ std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, std::optional<T
   PartitionAttention problem = describe(q, k, v, {group_h, group_w, interval_h, interval_w, shift_h, shift_w}, scale);
   std::vector<char> table = prepared(bias, q, problem.bias_size);
   problem.bias = bias ? table.data() : nullptr;
-  problem.out = view(out);
+  problem.out = view_of(out);
   if (out.numel() == 0) return {out, statistic};
 
   Forward kernel = kernels().forward[int(element)];
@@ -140,7 +100,7 @@ std::tuple<Tensor, Tensor> backward(Tensor dout, Tensor q, Tensor k, Tensor v, s
                       : torch::stable::new_empty(q, {0}, wide);
   std::vector<char> table = prepared(bias, q, problem.bias_size);
   problem.bias = bias ? table.data() : nullptr;
-  problem.dout = view(dout);
+  problem.dout = view_of(dout);
   problem.dq = view_of_part(dqkv, 0), problem.dk = view_of_part(dqkv, 1), problem.dv = view_of_part(dqkv, 2);
   if (dqkv.numel() == 0) return {dqkv, torch::stable::zero_(dbias)};
 

@@ -2,14 +2,9 @@
 #pragma once
 
 #include "partition.h"
+#include "view.h"
 
 namespace vitkernels {
-
-// A [B, H, W, heads, head_dim] tensor with unit stride in its last dimension; strides in elements.
-struct View {
-  char* data;
-  int64_t batch, y, x, head;
-};
 
 constexpr int64_t VECTOR_SLACK = 64;  // bytes
 
@@ -39,8 +34,6 @@ struct PartitionAttention {
   double scale;
   Division work;
 };
-
-enum class Element { FLOAT, DOUBLE, HALF, BFLOAT16 };
 
 // Shares [begin, end) of the work. dbias: zeros, [group_parts, heads, (2Gh-1)(2Gw-1)], key minus query; null for no
 // gradient.

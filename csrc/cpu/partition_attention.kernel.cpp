@@ -11,15 +11,9 @@
 namespace vitkernels::VITKERNELS_LEVEL {
 namespace {
 
-// Rows of scores computed at a time: few enough for the nearest cache, a multiple of a tile's.
-constexpr int64_t STEP = 18;
-// Scores that the backward pass holds at a time (all of a group of up to 181 tokens).
-constexpr int64_t SCORES = 32 * 1024;
 // Up to this many pairs of tokens in a full group, the bias is spread out over them, and its gradient summed so, once
 // per share.
 constexpr int64_t SPREAD = 64 * 1024;
-
-VITKERNELS_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // The tokens of one group in one image, and a head.
 struct Site {
@@ -118,39 +112,24 @@ class Worker {
   void forward() {
     Fetch<S> fetch(next_, p_.head_dim * sizeof(S), {&p_.q, &p_.k, &p_.v}, {&p_.out});
     Group<T> group = gather_qkv();
-    int64_t tokens = here_.tokens();
-    for (int64_t i = 0, rows; i < tokens; i += rows) {
-      rows = share_of(tokens - i, STEP);
-      weights(group, i, rows, scores_, fetch);
-      multiply<T>(scores_, v_, out_.at(i, 0), rows, tokens, width_, false, fetch);
-    }
-    scatter(p_.out, out_, 1);
+    attend<T>(b_, here_.tokens(), here_.tokens(), width_, weigh_by(group, fetch), fetch);
+    scatter(p_.out, b_.out, 1);
   }
 
   void backward(T* dbias) {
     Fetch<S> fetch(next_, p_.head_dim * sizeof(S), {&p_.q, &p_.k, &p_.v, &p_.dout}, {&p_.dq, &p_.dk, &p_.dv});
     Group<T> group = gather_qkv();
-    gather(dout_, p_.dout, 1);
-    int64_t tokens = here_.tokens(), keys = padded<T>(tokens);
-    v_transposed_.stride = dscores_.stride = keys;
-    transpose_into<T>(v_transposed_, v_, tokens, width_);
-    for (int64_t begin = 0, held; begin < tokens; begin += held) {
-      held = share_of(tokens - begin, block_);
-      for (int64_t i = begin, rows; i < begin + held; i += rows) {
-        rows = share_of(begin + held - i, STEP);
-        Matrix<T> scores = scores_.at(i - begin, 0), dscores = dscores_.at(i - begin, 0);
-        weights(group, i, rows, scores, fetch);
-        multiply<T>(dout_.at(i, 0), v_transposed_, dscores, rows, p_.head_dim, keys, false, fetch);
-        softmax_backward<T>(scores, dscores, rows, keys);
-      }
-      multiply<T, true>(scores_, dout_.at(begin, 0), dv_, tokens, held, width_, begin > 0, fetch);
-      multiply<T, true>(dscores_, q_.at(begin, 0), dk_, tokens, held, width_, begin > 0, fetch);
-      multiply<T>(dscores_, k_, out_.at(begin, 0), held, tokens, width_, false, fetch);
-      if (dbias) add_to_bias(group, begin, held, dbias);
-    }
-    scatter(p_.dq, out_, T(p_.scale));
-    scatter(p_.dk, dk_, 1);
-    scatter(p_.dv, dv_, 1);
+    gather(b_.dout, p_.dout, 1);
+    int64_t tokens = here_.tokens();
+    b_.v_transposed.stride = b_.dscores.stride = padded<T>(tokens);
+    transpose_into<T>(b_.v_transposed, b_.v, tokens, width_);
+    auto use = [&](int64_t begin, int64_t rows) {
+      if (dbias) add_to_bias(group, begin, rows, dbias);
+    };
+    attend_backward<false, T>(b_, tokens, tokens, p_.head_dim, width_, block_, weigh_by(group, fetch), use, fetch);
+    scatter(p_.dq, b_.out, T(p_.scale));
+    scatter(p_.dk, b_.dk, 1);
+    scatter(p_.dv, b_.dv, 1);
   }
 
   // Folds what the full groups of a head have added to the spread gradient.
@@ -165,14 +144,14 @@ class Worker {
     used_ = 0;
     int64_t keys = padded<T>(full_), spread = full_ * keys <= SPREAD ? Division::HEADS * full_ : 0;
     block_ = backward ? least(full_, SCORES / keys + STEP) : least(full_, STEP);
-    for (auto* rows : {&q_, &k_, &v_, &out_}) *rows = take(keys, width_);
-    k_transposed_ = take(width_, keys);
-    scores_ = take(block_ + 1, keys);
+    for (auto* rows : {&b_.q, &b_.k, &b_.v, &b_.out}) *rows = take(keys, width_);
+    b_.k_transposed = take(width_, keys);
+    b_.scores = take(block_ + 1, keys);
     spread_ = take(spread ? spread + 1 : 0, keys);
     if (backward) {
-      for (auto* rows : {&dout_, &dk_, &dv_}) *rows = take(keys, width_);
-      v_transposed_ = take(width_, keys);
-      dscores_ = take(block_, keys);
+      for (auto* rows : {&b_.dout, &b_.dk, &b_.dv}) *rows = take(keys, width_);
+      b_.v_transposed = take(width_, keys);
+      b_.dscores = take(block_, keys);
       dspread_ = take(p_.bias ? spread : 0, keys);
     }
     for (auto& apart : apart_) apart = take(1, keys).data;
@@ -224,13 +203,13 @@ class Worker {
 
   Group<T> gather_qkv() {
     int64_t tokens = here_.tokens(), keys = padded<T>(tokens);
-    gather(q_, p_.q, T(p_.scale));
-    gather(k_, p_.k, 1);
-    gather(v_, p_.v, 1);
-    for (auto rows : {k_, v_})  // a fuller group may have been here before
+    gather(b_.q, p_.q, T(p_.scale));
+    gather(b_.k, p_.k, 1);
+    gather(b_.v, p_.v, 1);
+    for (auto rows : {b_.k, b_.v})  // a fuller group may have been here before
       std::memset(rows.row(tokens), 0, (keys - tokens) * width_ * sizeof(T));
-    k_transposed_.stride = scores_.stride = keys;
-    transpose_into<T>(k_transposed_, k_, tokens, width_);
+    b_.k_transposed.stride = b_.scores.stride = keys;
+    transpose_into<T>(b_.k_transposed, b_.k, tokens, width_);
     Group<T> group = full_group(here_.head);
     group.height = here_.height, group.width = here_.width;
     if (mark_sides()) group.sides = sides_;
@@ -258,20 +237,22 @@ class Worker {
     if (spread_.data) start_scores<T>(full_group(head), of_head(spread_, head), 0, full_);
   }
 
-  // Rows [begin, begin + rows) of softmax(scale q k^T + bias).
-  void weights(const Group<T>& group, int64_t begin, int64_t rows, Matrix<T> scores, Fetch<S>& fetch) {
-    bool spread = spread_.data && group.tokens() == full_ && !group.sides;
-    if (!spread) start_scores<T>(group, scores, begin, rows);
-    Matrix<T> start = spread ? of_head(spread_, here_.head).at(begin, 0) : scores;
-    multiply<T>(q_.at(begin, 0), k_transposed_, scores, rows, p_.head_dim, scores.stride, start, fetch);
-    softmax<T>(scores, rows, scores.stride, fetch);
+  // What writes rows of softmax(scale q k^T + bias).
+  auto weigh_by(const Group<T>& group, Fetch<S>& fetch) {
+    return [&, this](int64_t begin, int64_t rows, Matrix<T> scores) {
+      bool spread = spread_.data && group.tokens() == full_ && !group.sides;
+      if (!spread) start_scores<T>(group, scores, begin, rows);
+      Matrix<T> start = spread ? of_head(spread_, here_.head).at(begin, 0) : scores;
+      multiply<T>(b_.q.at(begin, 0), b_.k_transposed, scores, rows, p_.head_dim, scores.stride, start, fetch);
+      softmax<T>(scores, rows, scores.stride, fetch);
+    };
   }
 
   void add_to_bias(const Group<T>& group, int64_t begin, int64_t rows, T* dbias) {
-    if (!dspread_.data || group.tokens() != full_) return add_to_table<T>(group, dscores_, begin, rows, dbias);
+    if (!dspread_.data || group.tokens() != full_) return add_to_table<T>(group, b_.dscores, begin, rows, dbias);
     T* sum = of_head(dspread_, here_.head).row(begin);
     for (int64_t i = 0; i < rows * dspread_.stride; i += LANES<T>)
-      store(sum + i, load(sum + i) + load(dscores_.data + i));
+      store(sum + i, load(sum + i) + load(b_.dscores.data + i));
   }
 
   const PartitionAttention& p_;
@@ -280,8 +261,8 @@ class Worker {
   char* memory_ = nullptr;
   int64_t used_ = 0;  // bytes
   Site here_{}, next_{};
-  Matrix<T> q_, k_, v_, out_, k_transposed_, scores_, spread_;  // out_ takes dq in the backward pass
-  Matrix<T> dout_, dk_, dv_, v_transposed_, dscores_, dspread_{};
+  Buffers<T> b_{};
+  Matrix<T> spread_, dspread_{};
   T* apart_[4];
   uint8_t* sides_;
 };

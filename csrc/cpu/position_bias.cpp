@@ -1,37 +1,21 @@
 // The operator dynamic_position_bias on CPU tensors: outputs, the division of the work, the sum of the gradients.
 #include "position_bias.h"
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <algorithm>
 #include <vector>
 
-#include "capability.h"
+#include "operator.h"
 
 namespace vitkernels {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 // Offsets are divided into shares by their number alone, so that the gradients have the same bits for any number of threads. One
 // share covers the table of a 7 x 7 group, for which waking threads costs more than the work.
 constexpr int64_t SHARE = 256, SHARES = 64;
 
 const PositionBiasKernels& kernels() {
-  static const PositionBiasKernels chosen = [] {
-    switch (capability()) {
-#if defined(VITKERNELS_HAS_AVX512)
-      case Capability::AVX512: return avx512::position_bias_kernels();
-#endif
-#if defined(VITKERNELS_HAS_AVX2)
-      case Capability::AVX2: return avx2::position_bias_kernels();
-#endif
-      default: return baseline::position_bias_kernels();
-    }
-  }();
+  static PositionBiasKernels (*const make[])() = VITKERNELS_LEVELS(position_bias_kernels);
+  static const PositionBiasKernels chosen = make[int(capability())]();
   return chosen;
 }
 

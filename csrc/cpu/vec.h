@@ -200,6 +200,17 @@ VITKERNELS_INLINE Vec<T> sum_of(Vec<T> v) {
   return reduce<T>(v, [](Vec<T> a, Vec<T> b) { return a + b; }, std::make_integer_sequence<int, LANES<T>>());
 }
 
+// Lane l: the sum of v[l]. v, LANES vectors, is used up.
+template <class T, int STEP = LANES<T> / 2>
+VITKERNELS_INLINE Vec<T> sums_of(Vec<T>* v) {
+  constexpr auto lanes = std::make_integer_sequence<int, LANES<T>>();
+#pragma GCC unroll 16
+  for (int i = 0; i < STEP; i++)
+    v[i] = exchange<T, STEP, false>(v[i], v[i + STEP], lanes) + exchange<T, STEP, true>(v[i], v[i + STEP], lanes);
+  if constexpr (STEP > 1) return sums_of<T, STEP / 2>(v);
+  return v[0];
+}
+
 // 1 / k!, the coefficients of e^x.
 constexpr double inverse_factorial(int k) { return k == 0 ? 1 : inverse_factorial(k - 1) / k; }
 

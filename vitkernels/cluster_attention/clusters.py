@@ -76,6 +76,8 @@ def balanced_clusters(
     if backend == "reference":
         with torch.autocast(x.device.type, enabled=False):
             return _reference(x, leaf_size, iterations, temperature)
+    if x.dtype == torch.float64:
+        x = x.float()
     if x.stride(-1) != 1:
         x = x.contiguous()
     run = _dispatch.operator("balanced_clusters", backend, x.device)

@@ -15,6 +15,7 @@ from .reference import cluster_attention as _reference
 _LAYOUT = "[B, N, heads, head_dim]"
 _PACKED_LAYOUT = "[B, N, 3, heads, head_dim]"
 _LAUNCHER = "vitkernels.cluster_attention.kernels"
+_PERMUTATION = "a permutation"  # in the message about an order that is none
 _SINGLE_TILE = 64  # tokens: the Triton kernels stream the keys of larger leaves in tiles
 
 
@@ -117,12 +118,17 @@ def _check_order(order: object, q: Tensor) -> Tensor:
 
 
 def _check_permutations(order: Tensor) -> None:
-    """Every order holds each token once."""
+    places = torch.arange(order.shape[2], dtype=order.dtype, device=order.device)
+    if not torch.equal(order.sort(-1).values, places.expand_as(order)):
+        raise _no_permutation(order)
+
+
+def _no_permutation(order: Tensor) -> ValueError:
     tokens = order.shape[2]
-    if not torch.equal(
-        order.sort(-1).values, torch.arange(tokens, dtype=order.dtype, device=order.device).expand_as(order)
-    ):
-        raise ValueError(f"every order must be a permutation of the {tokens} tokens, each of 0..{tokens - 1} once")
+    return ValueError(
+        f"every order must be {_PERMUTATION} of its {tokens} tokens, with each of 0..{tokens - 1} once, as "
+        "balanced_clusters returns it"
+    )
 
 
 def _attend(
@@ -153,7 +159,12 @@ def _attend(
         return _reference(*_unpack(qkv), order, leaf_size, overlap, scale)
     qkv = tuple(x if x.stride(-1) == 1 else x.contiguous() for x in qkv)
     run = _ClusterAttention.apply if torch.is_grad_enabled() else _ClusterAttention.forward
-    return run(backend, leaf_size, overlap, scale, inside, order, *qkv)[0]
+    try:
+        return run(backend, leaf_size, overlap, scale, inside, order, *qkv)[0]
+    except RuntimeError as error:
+        if _PERMUTATION in str(error):  # C++ raises no ValueError
+            raise _no_permutation(order) from None
+        raise
 
 
 def _check_tokens(x: Tensor, name: str) -> None:
