@@ -64,7 +64,7 @@ class Worker {
       here_.indices[i] = i;
     }
     for (int64_t i = 0; i < tokens_; i += L) {
-      Vec<float> norms = similarities(here_.rows.at(i, 0), least(L, tokens_ - i), nullptr);
+      Vec<float> norms = similarities(here_.rows.at(i, 0), nullptr);
       for (int64_t l = 0; l < least(L, tokens_ - i); l++)
         here_.inverse_norms[i + l] = 1 / std::fmax(std::sqrt(norms[l]), 1e-12f);
     }
@@ -107,7 +107,7 @@ class Worker {
   // The softmax of two similarities is a sigmoid of their difference; neither weight is 1 minus the other.
   void weigh(const Tokens& tokens, int64_t block) {
     for (int64_t i = 0; i < block; i += L) {
-      Vec<float> cosine = similarities(tokens.rows.at(i, 0), least(L, block - i), difference_) * load(tokens.inverse_norms + i);
+      Vec<float> cosine = similarities(tokens.rows.at(i, 0), difference_) * load(tokens.inverse_norms + i);
       Vec<float> difference = cosine / p_.temperature;
       Vec<float> small = exp<float>(difference > 0 ? -difference : difference), large = 1 / (1 + small);
       small *= large;
@@ -135,14 +135,17 @@ class Worker {
     }
   }
 
-  // Of up to L rows with a direction, or with themselves.
-  Vec<float> similarities(Matrix<float> rows, int64_t count, const float* direction) const {
+  // Of L rows with a direction, or with themselves. (There may be fewer: then the last lanes mean nothing.)
+  VITKERNELS_INLINE Vec<float> similarities(Matrix<float> rows, const float* direction) const {
     Vec<float> products[L] = {};
-    for (int64_t l = 0; l < count; l++)
-      for (int64_t d = 0; d < width_; d += L) {
+    for (int64_t d = 0; d < width_; d += L) {
+      Vec<float> other = direction ? load(direction + d) : Vec<float>{};
+#pragma GCC unroll 16
+      for (int l = 0; l < L; l++) {
         Vec<float> row = load(rows.row(l) + d);
-        products[l] += row * (direction ? load(direction + d) : row);
+        products[l] += row * (direction ? other : row);
       }
+    }
     return sums_of<float>(products);
   }
 
@@ -151,8 +154,8 @@ class Worker {
     for (int64_t i = 0; i < count; i += L) {
       int64_t block = least(L, count - i);
       Vec<float> scale = load(node.inverse_norms + i), ratios =
-          (similarities(node.rows.at(i, 0), block, centroids_[0]) * scale + 1) /
-          (similarities(node.rows.at(i, 0), block, centroids_[1]) * scale + 1);
+          (similarities(node.rows.at(i, 0), centroids_[0]) * scale + 1) /
+          (similarities(node.rows.at(i, 0), centroids_[1]) * scale + 1);
       for (int64_t l = 0; l < block; l++) entries_[i + l] = {sort_key(ratios[l]), uint32_t(i + l)};
     }
     sort_by_key(count);
@@ -182,7 +185,7 @@ class Worker {
   void lay_out() {
     used_ = 0;
     for (Tokens* tokens : {&here_, &there_}) {
-      tokens->rows = {take<float>(tokens_ * width_), width_};
+      tokens->rows = {take<float>((tokens_ + L) * width_), width_};
       tokens->inverse_norms = take<float>(tokens_ + L);
       tokens->indices = take<int32_t>(tokens_);
     }

@@ -1,0 +1,486 @@
+// Balanced clustering of the tokens of one (image, head) by one block: every level and iteration in one launch.
+//
+// A node is kept in ascending order of its tokens' indices, and a flag of each token tells the two halves of the node
+// apart, whose means the clustering starts from. So ties need no second key, and a level that is not the last needs
+// of the sort only which quarter a token falls into: three edges, found by histograms of the ratios. The last level
+// ranks every token. A team of warps works on one node and then parts with it; from as many nodes as warps on, each
+// warp is a team of its own. Every sum has a fixed order.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "tree.h"
+
+namespace vitkernels {
+
+constexpr int LANES = 32;
+constexpr unsigned ALL = 0xffffffff;
+constexpr int CHUNK = 8;              // features that a lane loads together; their number is a multiple of it
+constexpr int CHUNKS = 2;             // that a lane has of a token: more would spill
+constexpr int MAX_WARPS = 16;
+constexpr int MAX_FEATURES = LANES * CHUNKS * CHUNK;
+constexpr int MAX_TOKENS = 1 << 15;   // an index and a flag share 16 bits
+constexpr uint32_t SECOND = 1 << 15;  // the flag: the token is in its node's second half
+constexpr uint32_t RIGHT = 1 << 16;   // the token moves to its node's right child
+
+struct Problem {
+  const void* x;  // [B, N, heads, features], 16-byte aligned rows, of the given strides
+  int64_t stride_b, stride_n, stride_h;
+  int32_t* out;         // [B, heads, N]
+  uint32_t* workspace;  // [B * heads, words_of_order(N)], or null where these words are in shared memory
+  int64_t heads;
+  Tree tree;
+  int features, iterations;
+  float sharpness;  // log2(e) / temperature
+};
+
+// Places of one node, or of a warp's share of it.
+struct Span {
+  int first, last;
+};
+
+// An edge stands between the `target` lowest tokens of a node and the others. Its key is in [low, low + range], with
+// `before` tokens below low; in the end range is 0, and the first target - before tokens of key low are before it.
+struct Edge {
+  uint32_t low, range;
+  int before, target;
+};
+
+// What a warp tells its team; the edges are those of a team's first warp.
+struct Notes {
+  uint32_t lowest, highest;  // key
+  int equal[3];              // tokens whose key is an edge's
+  int left;                  // tokens of the left child
+  Edge edges[3];
+};
+
+// Words of a key and of an order's entry for each token.
+VITKERNELS_INLINE int64_t words_of_order(int64_t tokens) { return tokens + (tokens + 1) / 2; }
+
+// Words of a warp's scratch: sums and centroids, [2, 2, features]; later histograms of 32 bins for each edge.
+VITKERNELS_INLINE int words_of_scratch(int features) { return 4 * features > 3 * LANES ? 4 * features : 3 * LANES; }
+
+// A block's shared memory: scratch and notes of every warp, then, where they fit, the order and the features.
+VITKERNELS_INLINE size_t bytes_of_warps(int warps, int features) {
+  return warps * (words_of_scratch(features) * sizeof(float) + (sizeof(Notes) + 15) / 16 * 16);
+}
+VITKERNELS_INLINE size_t bytes_of_order(int64_t tokens) { return (words_of_order(tokens) * 4 + 15) / 16 * 16; }
+
+extern __shared__ uint4 shared_memory[];
+
+// The warps that work on one node.
+struct Team {
+  int first, warps, rank;
+
+  __device__ void sync() const {
+    if (warps == 1)
+      __syncwarp();
+    else
+      __barrier_sync_count(first, warps * LANES);
+  }
+  __device__ Span share(Span node) const {
+    int size = node.last - node.first;
+    return {node.first + size * rank / warps, node.first + size * (rank + 1) / warps};
+  }
+};
+
+// CHUNK features as they lie in memory, and as floats.
+template <class T>
+struct Chunk {
+  uint4 bits[CHUNK * sizeof(T) / sizeof(uint4)] = {};
+
+  __device__ void load(const T* from) {
+#pragma unroll
+    for (int i = 0; i < int(CHUNK * sizeof(T) / sizeof(uint4)); i++) bits[i] = reinterpret_cast<const uint4*>(from)[i];
+  }
+  // The i-th pair.
+  __device__ float2 pair(int i) const;
+  __device__ uint32_t word(int i) const {
+    uint4 four = bits[i / 4];
+    return i % 4 == 0 ? four.x : i % 4 == 1 ? four.y : i % 4 == 2 ? four.z : four.w;
+  }
+};
+template <>
+__device__ __forceinline__ float2 Chunk<float>::pair(int i) const {
+  return {__uint_as_float(word(2 * i)), __uint_as_float(word(2 * i + 1))};
+}
+template <>
+__device__ __forceinline__ float2 Chunk<__nv_bfloat16>::pair(int i) const {
+  return {__uint_as_float(word(i) << 16), __uint_as_float(word(i) & 0xffff0000)};
+}
+template <>
+__device__ __forceinline__ float2 Chunk<__half>::pair(int i) const {
+  uint32_t two = word(i);
+  return __half22float2(reinterpret_cast<const __half2&>(two));
+}
+
+// Unsigned integers in the order of the floats: -0 is +0, and every NaN is the same, above all, below 2^32 - 1.
+__device__ __forceinline__ uint32_t key_of(float ratio) {
+  uint32_t bits = __float_as_uint(ratio + 0.0f);
+  if (ratio != ratio) return 0xfffffffe;
+  return bits >> 31 ? ~bits : bits | 0x80000000;
+}
+
+__device__ __forceinline__ float no_less(float x, float least) { return x < least ? least : x; }  // NaN stays NaN
+
+// Adds the sums of lanes that hold the same features of other tokens. A lane keeps `count` of them, from `first` on.
+template <int COUNT, int MASK, int N>
+__device__ __forceinline__ void fold(float (&sums)[N], int lane, int slices, int& first, int& count) {
+  count = COUNT;
+  if constexpr (MASK > 0) {
+    if (MASK < slices) return;
+    bool upper = lane & MASK;
+#pragma unroll
+    for (int i = 0; i < COUNT / 2; i++) {
+      float given = __shfl_xor_sync(ALL, upper ? sums[i] : sums[i + COUNT / 2], MASK);
+      sums[i] = (upper ? sums[i + COUNT / 2] : sums[i]) + given;
+    }
+    first += upper ? COUNT / 2 : 0;
+    fold<COUNT / 2, MASK / 2>(sums, lane, slices, first, count);
+  }
+}
+
+// One warp of the block. A token is a few neighbouring lanes, each with CHUNKS chunks of its features.
+template <class T, bool RESIDENT>
+struct Clustering {
+  static constexpr int F = CHUNKS * CHUNK;
+
+  const Problem& problem;
+  const T* rows;    // the features of token t are at t * stride
+  int64_t stride;
+  uint32_t* value;  // [N] by place: one over the norm, then the ratio's key, then the entry and its quarter
+  uint16_t* order;  // [N] by place: token and SECOND
+  int32_t* out;     // [N]
+  float* scratch;   // of the block's first warp
+  Notes* notes;     // of the block's first warp
+  int warp, lane;
+  int slices, slice;  // lanes of a token; which of them this is
+  int tokens, token;  // of the warp at once; which of them is this lane's
+
+  __device__ float* sums(int of_warp) const { return scratch + of_warp * words_of_scratch(problem.features); }
+  __device__ float* centroids(Team team) const { return sums(team.first) + 2 * problem.features; }
+  __device__ unsigned earlier_lanes() const { return (1u << lane) - 1; }
+
+  // This lane's features of a row, zeros beyond the last.
+  template <class S>
+  __device__ void load(const S* row, float (&x)[F]) const {
+#pragma unroll
+    for (int k = 0; k < CHUNKS; k++) {
+      int feature = (slice + slices * k) * CHUNK;
+      Chunk<S> chunk;
+      if (feature < problem.features) chunk.load(row + feature);
+#pragma unroll
+      for (int i = 0; i < CHUNK / 2; i++) {
+        float2 two = chunk.pair(i);
+        x[k * CHUNK + 2 * i] = two.x, x[k * CHUNK + 2 * i + 1] = two.y;
+      }
+    }
+  }
+
+  __device__ const T* row(int token) const {
+    if (RESIDENT) return rows + token * problem.features;
+    return rows + token * stride;
+  }
+
+  __device__ float dot(const float (&a)[F], const float (&b)[F]) const {
+    float sum[4] = {};
+#pragma unroll
+    for (int i = 0; i < F; i++) sum[i % 4] += a[i] * b[i];
+    return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  }
+
+  // The sum over a token's lanes.
+  __device__ float total(float x) const {
+#pragma unroll
+    for (int mask = 1; mask < LANES; mask *= 2) {
+      if (mask >= slices) break;
+      x += __shfl_xor_sync(ALL, x, mask);
+    }
+    return x;
+  }
+
+  // Sums of the share's features: INITIAL, of the node's halves; then under the softmax of the similarities.
+  template <bool INITIAL>
+  __device__ void accumulate(Team team, Span share) {
+    float x[F], axis[F], sum[2 * F] = {};
+    if (!INITIAL) {
+      load(centroids(team), axis);
+      load(centroids(team) + problem.features, x);
+#pragma unroll
+      for (int i = 0; i < F; i++) axis[i] -= x[i];
+    }
+    for (int base = share.first; base < share.last; base += tokens) {
+      bool inside = base + token < share.last;
+      int place = inside ? base + token : share.first;
+      uint32_t entry = order[place];
+      load(row(entry & ~SECOND), x);
+      float first, second;  // weights
+      if (INITIAL) {
+        float inverse = 1 / no_less(sqrtf(total(dot(x, x))), 1e-12f);
+        if (inside && slice == 0) value[place] = __float_as_uint(inverse);
+        first = entry & SECOND ? 0 : 1, second = entry & SECOND ? 1 : 0;
+      } else {
+        float logit = total(dot(x, axis)) * __uint_as_float(value[place]) * problem.sharpness;
+        float power = exp2f(-fabsf(logit)), larger = __fdividef(1, 1 + power), smaller = power * larger;
+        first = logit > 0 ? larger : smaller, second = logit > 0 ? smaller : larger;
+      }
+      if (!inside) first = second = 0;
+#pragma unroll
+      for (int i = 0; i < F; i++) sum[i] += first * x[i], sum[F + i] += second * x[i];
+    }
+    int from = 0, count;
+    fold<2 * F, LANES / 2>(sum, lane, slices, from, count);
+#pragma unroll
+    for (int i = 0; i < 2 * F; i++) {
+      if (i >= count) break;
+      int centroid = (from + i) / F, k = (from + i) % F / CHUNK;
+      int feature = (slice + slices * k) * CHUNK + (from + i) % CHUNK;
+      if (feature < problem.features) sums(warp)[centroid * problem.features + feature] = sum[i];
+    }
+  }
+
+  // The directions of the means of n tokens, from the sums of the team's warps.
+  __device__ void normalize(Team team, int n) {
+    team.sync();
+    for (int c = team.rank; c < 2; c += team.warps) {
+      float* to = centroids(team) + c * problem.features;
+      float square = 0;
+      for (int f = lane; f < problem.features; f += LANES) {
+        float sum = 0;
+        for (int w = team.first; w < team.first + team.warps; w++) sum += sums(w)[c * problem.features + f];
+        to[f] = sum / n;
+        square += to[f] * to[f];
+      }
+      for (int mask = LANES / 2; mask; mask /= 2) square += __shfl_xor_sync(ALL, square, mask);
+      float norm = no_less(sqrtf(square), 1e-12f);
+      for (int f = lane; f < problem.features; f += LANES) to[f] /= norm;
+    }
+    team.sync();
+  }
+
+  // The keys of the share's ratios, and the extremes.
+  __device__ void score(Team team, Span share) {
+    float x[F], c0[F], c1[F];
+    load(centroids(team), c0);
+    load(centroids(team) + problem.features, c1);
+    uint32_t lowest = ~0u, highest = 0;
+    for (int base = share.first; base < share.last; base += tokens) {
+      bool inside = base + token < share.last;
+      int place = inside ? base + token : share.first;
+      load(row(order[place] & ~SECOND), x);
+      float inverse = __uint_as_float(value[place]);
+      float near0 = total(dot(x, c0) * inverse) + 1, near1 = total(dot(x, c1) * inverse) + 1;
+      uint32_t key = key_of(near0 / near1);
+      if (!inside) continue;
+      if (slice == 0) value[place] = key;
+      lowest = min(lowest, key), highest = max(highest, key);
+    }
+    lowest = __reduce_min_sync(ALL, lowest), highest = __reduce_max_sync(ALL, highest);
+    if (lane == 0) notes[warp].lowest = lowest, notes[warp].highest = highest;
+    team.sync();
+  }
+
+  // An edge between the lowest and the highest key of the team's node.
+  __device__ Edge widest(Team team, int target) const {
+    uint32_t lowest = ~0u, highest = 0;
+    for (int w = team.first; w < team.first + team.warps; w++)
+      lowest = min(lowest, notes[w].lowest), highest = max(highest, notes[w].highest);
+    return {lowest, highest - lowest, 0, target};
+  }
+
+  // Bins of 2^shift keys, so that `bins`, a power of two, cover the range.
+  static __device__ int shift_of(uint32_t range, int bins) { return max(0, 1 + __clz(bins) - __clz(range)); }
+
+  // The bin in which the target falls becomes the edge's range.
+  __device__ Edge narrowed(Edge edge, const uint32_t* histogram, int bins) const {
+    int shift = shift_of(edge.range, bins), before = edge.before;
+    for (int base = 0; base < bins; base += LANES) {
+      int count = histogram[base + lane], sum = count;
+      for (int step = 1; step < LANES; step *= 2) {
+        int earlier = __shfl_up_sync(ALL, sum, step);
+        if (lane >= step) sum += earlier;
+      }
+      unsigned beyond = __ballot_sync(ALL, before + sum > edge.target);
+      if (beyond) {
+        int bin = __ffs(beyond) - 1;
+        uint32_t skipped = uint32_t(base + bin) << shift;
+        before += __shfl_sync(ALL, sum - count, bin);
+        uint32_t range = before == edge.target ? 0 : min(edge.range - skipped, (1u << shift) - 1);
+        return {edge.low + skipped, range, before, edge.target};
+      }
+      before += __shfl_sync(ALL, sum, LANES - 1);
+    }
+    return edge;
+  }
+
+  // Finds the three edges between a node's quarters.
+  __device__ void find_edges(Team team, Span node, Span share, int level, int64_t j) {
+    Edge* edges = notes[team.first].edges;
+    uint32_t* histogram = reinterpret_cast<uint32_t*>(sums(team.first));  // [3, bins]
+    int bins = LANES * team.warps;
+    for (int e = team.rank; e < 3; e += team.warps) {
+      Edge edge = widest(team, problem.tree.first(level + 2, 4 * j + 1 + e) - node.first);
+      if (lane == 0) edges[e] = edge;
+    }
+    do {
+      for (int e = 0; e < 3; e++) histogram[e * bins + LANES * team.rank + lane] = 0;
+      team.sync();
+      for (int place = share.first + lane; place < share.last; place += LANES)
+        for (int e = 0; e < 3; e++) {
+          uint32_t offset = value[place] - edges[e].low, range = edges[e].range;
+          if (offset <= range) atomicAdd(histogram + e * bins + (offset >> shift_of(range, bins)), 1u);
+        }
+      team.sync();
+      for (int e = team.rank; e < 3; e += team.warps) {
+        Edge edge = edges[e];
+        if (edge.range) edge = narrowed(edge, histogram + e * bins, bins);
+        __syncwarp();
+        if (lane == 0) edges[e] = edge;
+      }
+      team.sync();
+    } while (edges[0].range | edges[1].range | edges[2].range);
+  }
+
+  // Moves the tokens of a node to its children, each in ascending order of token indices, the halves flagged.
+  __device__ void split(Team team, Span node, Span share, int middle) {
+    const Edge* edges = notes[team.first].edges;
+    int equal[3] = {}, left = 0;
+    for (int base = share.first; base < share.last; base += LANES)
+      for (int e = 0; e < 3; e++) {
+        bool inside = base + lane < share.last;
+        equal[e] += __popc(__ballot_sync(ALL, inside && value[base + lane] == edges[e].low));
+      }
+    if (lane == 0)
+      for (int e = 0; e < 3; e++) notes[warp].equal[e] = equal[e];
+    team.sync();
+
+    int allowed[3];  // tokens of the edge's key, from this share's first on, that are before the edge
+    for (int e = 0; e < 3; e++) {
+      allowed[e] = edges[e].target - edges[e].before;
+      for (int w = team.first; w < warp; w++) allowed[e] -= notes[w].equal[e];
+    }
+    for (int base = share.first; base < share.last; base += LANES) {
+      int place = base + lane, quarter = 0;
+      bool inside = place < share.last;
+      uint32_t key = inside ? value[place] : 0;
+      for (int e = 0; e < 3; e++) {
+        unsigned ties = __ballot_sync(ALL, inside && key == edges[e].low);
+        bool after = key > edges[e].low || (key == edges[e].low && __popc(ties & earlier_lanes()) >= allowed[e]);
+        allowed[e] -= __popc(ties);
+        quarter += after;
+      }
+      if (inside) value[place] = (order[place] & ~SECOND) | (quarter & 1 ? SECOND : 0) | (quarter & 2 ? RIGHT : 0);
+      left += __popc(__ballot_sync(ALL, inside && quarter < 2));
+    }
+    if (lane == 0) notes[warp].left = left;
+    team.sync();
+
+    int next_left = node.first;
+    for (int w = team.first; w < warp; w++) next_left += notes[w].left;
+    int next_right = middle + share.first - next_left;
+    for (int base = share.first; base < share.last; base += LANES) {
+      bool inside = base + lane < share.last;
+      uint32_t entry = inside ? value[base + lane] : RIGHT;
+      unsigned lefts = __ballot_sync(ALL, !(entry & RIGHT)), lefts_before = __popc(lefts & earlier_lanes());
+      int place = entry & RIGHT ? next_right + lane - lefts_before : next_left + lefts_before;
+      if (inside) order[place] = uint16_t(entry);
+      next_left += __popc(lefts), next_right += LANES - __popc(lefts);
+    }
+    team.sync();
+  }
+
+  // Writes the tokens of a node in the order of their keys. Lanes rank RANKED tokens against all.
+  __device__ void write_sorted(Team team, Span node) {
+    constexpr int RANKED = 4;
+    const uint32_t* keys = value + node.first;
+    int size = node.last - node.first;
+    for (int base = team.rank * RANKED * LANES; base < size; base += team.warps * RANKED * LANES) {
+      uint32_t key[RANKED];
+      int rank[RANKED];
+#pragma unroll
+      for (int k = 0; k < RANKED; k++) {
+        int i = base + k * LANES + lane;
+        key[k] = i < size ? keys[i] : ~0u;
+        rank[k] = __popc(__match_any_sync(ALL, key[k]) & earlier_lanes());
+      }
+      for (int tile = 0; tile < size; tile += LANES) {
+        uint32_t bound[RANKED];  // a tie is before where its tile is
+#pragma unroll
+        for (int k = 0; k < RANKED; k++) bound[k] = key[k] + (tile < base + k * LANES);
+        for (int i = tile; i < min(tile + LANES, size); i++)
+#pragma unroll
+          for (int k = 0; k < RANKED; k++) rank[k] += keys[i] < bound[k];
+      }
+#pragma unroll
+      for (int k = 0; k < RANKED; k++) {
+        int i = base + k * LANES + lane;
+        if (i < size) out[node.first + rank[k]] = order[node.first + i] & ~SECOND;
+      }
+    }
+  }
+
+  // Halves node j of a level, or sorts it if its halves are leaves.
+  __device__ void halve(Team team, int level, int64_t j) {
+    const Tree& tree = problem.tree;
+    Span node = {int(tree.first(level, j)), int(tree.first(level, j + 1))}, share = team.share(node);
+    accumulate<true>(team, share);
+    normalize(team, node.last - node.first);
+    for (int i = 0; i < problem.iterations; i++) {
+      accumulate<false>(team, share);
+      normalize(team, node.last - node.first);
+    }
+    score(team, share);
+    if (level + 1 == tree.levels) return write_sorted(team, node);
+    find_edges(team, node, share, level, j);
+    split(team, node, share, tree.first(level + 1, 2 * j + 1));
+  }
+
+  // All levels. The warps of a team share the nodes that its split leaves.
+  __device__ void run(int warps) {
+    for (int level = 0; level < problem.tree.levels; level++) {
+      int teams = level < 5 ? min(1 << level, warps) : warps, size = warps / teams, nodes = (1 << level) / teams;
+      Team team = {warp / size * size, size, warp % size};
+      for (int j = warp / size * nodes, end = j + nodes; j < end; j++) halve(team, level, j);
+    }
+  }
+};
+
+// One block per (image, head); its warps are a power of two.
+template <class T, bool RESIDENT>
+__global__ void __launch_bounds__(LANES* MAX_WARPS) balanced_clusters_kernel(Problem problem) {
+  int tokens = problem.tree.tokens, thread = threadIdx.x, threads = blockDim.x, warps = threads / LANES;
+  int64_t b = blockIdx.x / problem.heads, h = blockIdx.x % problem.heads;
+  const T* x = static_cast<const T*>(problem.x) + b * problem.stride_b + h * problem.stride_h;
+
+  float* scratch = reinterpret_cast<float*>(shared_memory);
+  Notes* notes = reinterpret_cast<Notes*>(scratch + warps * words_of_scratch(problem.features));
+  char* rest = reinterpret_cast<char*>(shared_memory) + bytes_of_warps(warps, problem.features);
+  uint32_t* value = reinterpret_cast<uint32_t*>(rest);
+  if (!RESIDENT && problem.workspace) value = problem.workspace + blockIdx.x * words_of_order(tokens);
+  uint16_t* order = reinterpret_cast<uint16_t*>(value + tokens);
+
+  const T* rows = x;
+  if (RESIDENT) {
+    uint4* resident = reinterpret_cast<uint4*>(rest + bytes_of_order(tokens));
+    int words = problem.features * sizeof(T) / sizeof(uint4);  // of a row
+    for (int i = thread; i < tokens * words; i += threads)
+      resident[i] = reinterpret_cast<const uint4*>(x + i / words * problem.stride_n)[i % words];
+    rows = reinterpret_cast<const T*>(resident);
+  }
+  int32_t* out = problem.out + blockIdx.x * int64_t(tokens);
+  for (int t = thread; t < tokens; t += threads) {
+    order[t] = t | (t < tokens / 2 ? 0 : SECOND);
+    if (problem.tree.levels == 0) out[t] = t;
+  }
+  __syncthreads();
+
+  int slices = 1;  // lanes of a token
+  while (slices * CHUNKS * CHUNK < problem.features) slices *= 2;
+  int lane = thread % LANES;
+  Clustering<T, RESIDENT>{problem, rows, problem.stride_n, value, order, out, scratch, notes, thread / LANES,
+                                  lane, slices, lane % slices, LANES / slices, lane / slices}
+      .run(warps);
+}
+
+}  // namespace vitkernels
