@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vitkernels import LongShortDistanceAttention
+from vitkernels import FeatureSpaceAttention, LongShortDistanceAttention, balanced_clusters
 
 np = pytest.importorskip("numpy")
 Image = pytest.importorskip("PIL.Image")
@@ -36,7 +36,7 @@ def test_photo_draws_the_sample_photograph(photo, tmp_path, capsys):
     assert Image.open(out).size[0] == 200 * photo.WIDTH and out.stat().st_size > 50_000
     printed = capsys.readouterr().out
     assert "112 x 168 pixels, map 28 x 42 tokens" in printed
-    for name in ("SDA: ", "LDA: "):
+    for name in ("SDA: ", "LDA: ", "BOAT: "):
         line = next(line for line in printed.splitlines() if line.startswith(name))
         assert float(line.split()[-1]) < 1e-5  # fused against reference
 
@@ -54,22 +54,48 @@ def test_photo_refuses_a_token_outside_the_map(photo, picture, capsys):
     assert "21 x 35 tokens, got 21 0" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("interval", [1, 4])
-def test_photo_attention_is_what_the_layer_computes(photo, interval):
-    """With a token's own number as its value, the layer's output is the mean of those numbers under the weights."""
+HEIGHT, WIDTH, TOKEN = 21, 35, 10 * 35 + 17
+
+
+def numbered(photo, layer: torch.nn.Module) -> tuple[torch.nn.Module, torch.Tensor]:
+    """The layer, tied, with a token's own number / 100 as its value and no output projection; its input."""
     torch.manual_seed(0)
-    height, width = 21, 35
-    x = torch.randn(1, height, width, photo.DIM)
-    x[..., 0] = torch.arange(height * width).view(height, width) / 100
-    layer: LongShortDistanceAttention = photo.tied_layer(interval)
+    x = torch.randn(1, HEIGHT, WIDTH, photo.DIM)
+    x[..., 0] = torch.arange(HEIGHT * WIDTH).view(HEIGHT, WIDTH) / 100
+    layer = photo.tied(layer)
     with torch.no_grad():
         layer.qkv.weight[2 * photo.DIM :] = 0
         layer.qkv.weight[2 * photo.DIM :, 0] = 1
         layer.qkv.bias[2 * photo.DIM :] = 0
         layer.proj.weight.copy_(torch.eye(photo.DIM))
         layer.proj.bias.zero_()
-        token = 10 * width + 17
-        group, weights = photo.attention_of(layer, x, token)
-        attended = layer(x)[0].flatten(0, 1)[token].mean()  # over heads
-    assert token in group and weights.sum().item() == pytest.approx(1, abs=1e-5)
+    return layer, x
+
+
+@pytest.mark.parametrize("interval", [1, 4])
+@torch.no_grad()
+def test_photo_attention_is_what_the_layer_computes(photo, interval):
+    """The layer's output is the mean of the tokens' numbers under the weights."""
+    layer, x = numbered(photo, LongShortDistanceAttention(photo.DIM, photo.HEADS, photo.GROUP, interval))
+    group, weights = photo.attention_of(layer, x, TOKEN)
+    attended = layer(x)[0].flatten(0, 1)[TOKEN].mean()  # over heads
+    assert TOKEN in group and weights.sum().item() == pytest.approx(1, abs=1e-5)
     assert attended.item() == pytest.approx((weights * group / 100).sum().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("leaf_size", [49, 100, 400], ids=["several leaves", "fewer", "a single leaf"])
+@torch.no_grad()
+def test_photo_leaves_are_those_the_layer_attends_in(photo, leaf_size):
+    layer, x = numbered(photo, FeatureSpaceAttention(photo.DIM, photo.HEADS, leaf_size))
+    layer.get_v.weight.zero_()
+    layer.get_v.bias.zero_()
+    order = balanced_clusters(photo.project(layer, x)[..., 0, :, :].flatten(1, 2), leaf_size=leaf_size)[0, 0]
+    leaves = photo.leaves_of(layer, order)
+    attended = layer(x)[0].flatten(0, 1)[:, 0]  # of the first head
+    for token in (0, TOKEN, int(order[-1])):
+        own, borrowed = photo.leaf_of(layer, order, token)
+        assert torch.equal(own.sort().values, (leaves == leaves[token]).nonzero()[:, 0])
+        assert len(borrowed) == (layer.overlap if leaves.max() else 0)
+        keys = torch.cat((own, borrowed))
+        weights = photo.attention_in(layer, x, token, keys, head=0)
+        assert attended[token].item() == pytest.approx((weights * keys / 100).sum().item(), rel=1e-4)

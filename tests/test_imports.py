@@ -14,18 +14,22 @@ FILES = sorted(
 
 # what a file may import from the package, by its name within its folder; a folder is an operator
 ALLOWED = {
-    "__init__": {"_dispatch", "partition", "position_bias", "partition_attention", "module", "op", "reference"},
+    "__init__": {"_dispatch", "partition", "module", "op", "clusters", "reference"}
+    | {"position_bias", "partition_attention", "cluster_attention"},
     "__main__": {"", "_dispatch"},
-    "module": {"_checks", "partition", "op", "reference", "position_bias"},
-    "op": {"_checks", "_dispatch", "partition", "reference", "kernels"},
-    "kernels": {"_triton", "position_bias.kernels", "streamed"},
-    "streamed": {"_triton"},
-    "reference": {"partition"},
+    "module": {"_checks", "_layer", "partition", "tree", "op", "clusters", "reference", "position_bias"},
+    "op": {"_checks", "_dispatch", "partition", "tree", "clusters", "reference", "kernels"},
+    "clusters": {"_checks", "_dispatch", "reference"},
+    "kernels": {"_triton", "tree", "position_bias.kernels", "streamed"},
+    "streamed": {"_triton", "tree"},
+    "reference": {"partition", "tree"},
+    "_layer": {"_checks"},
     "_triton": set(),
     "_dispatch": {"_native"},
     "_checks": set(),
     "_native": set(),
     "partition": set(),
+    "tree": set(),
 }
 
 

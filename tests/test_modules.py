@@ -8,6 +8,7 @@ import io
 import pytest
 import torch
 import torch.nn.functional as F
+from golden import assert_golden
 from torch import nn
 
 from vitkernels import LongShortDistanceAttention, MaxSA, WindowAttention, window_attention
@@ -42,29 +43,9 @@ def test_golden_crossformer_block(name, golden):
     dim, height, width = int(config["dim"]), int(config["H"]), int(config["W"])
     interval = int(config["interval"]) if config["type"] == "lda" else 1
     group = None if config["variant"].startswith("v1") and interval > 1 else int(config["group"])
-    weights = {key.removeprefix("sd."): value for key, value in data.items() if key.startswith("sd.")}
     layer = LongShortDistanceAttention(dim, int(config["heads"]), group, interval)
-    block = Block(layer, dim, weights["mlp.fc1.bias"].numel(), "ex_ln.bias" in weights)
-    block.load_state_dict(weights)
-    x = data["x"].requires_grad_()
-    out = block(x.unflatten(1, (height, width))).flatten(1, 2)
-    tolerance = meta["recommended_tol"]
-    torch.testing.assert_close(out, data["out"], rtol=0, atol=tolerance["out_atol"]["out"])
-    out.backward(data["cot"])
-    gradients = {"grad.x": x.grad, "grad.x.rows": x.grad[:, data["rows"]] if "rows" in data else None} | {
-        f"grad.sd.{key}": p.grad for key, p in block.named_parameters()
-    }
-    compared = 0
-    for key, got in gradients.items():
-        if key not in data:
-            continue
-        expected = data[key]
-        if key in meta["zero_grads"]:
-            assert got.abs().max() < meta["zero_grads_abs_bound"]
-        else:
-            assert (got - expected).abs().max() <= tolerance["grad_rel_to_max"] * expected.abs().max(), key
-        compared += 1
-    assert compared > len(weights), "every weight's and the input's"
+    block = Block(layer, dim, data["sd.mlp.fc1.bias"].numel(), "sd.ex_ln.bias" in data)
+    assert_golden(block, (height, width), meta, data)
 
 
 def test_a_layer_takes_maps_of_every_size_and_keeps_no_trace_of_them():

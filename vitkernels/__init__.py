@@ -4,9 +4,15 @@ A partition is an index map; attention inside a group is one kernel; everything 
 """
 
 from ._dispatch import info
-from .cluster_attention import balanced_clusters, cluster_attention, feature_space_attention
+from .cluster_attention import (
+    FeatureSpaceAttention,
+    balanced_clusters,
+    cluster_attention,
+    feature_space_attention,
+)
 from .partition import Partition
 from .partition_attention import (
+    CrossShapedWindowAttention,
     LongShortDistanceAttention,
     MaxSA,
     WindowAttention,
@@ -22,7 +28,9 @@ from .position_bias import DynamicPositionBias, dynamic_position_bias
 __version__ = "0.1.0"
 
 __all__ = [
+    "CrossShapedWindowAttention",
     "DynamicPositionBias",
+    "FeatureSpaceAttention",
     "LongShortDistanceAttention",
     "MaxSA",
     "Partition",

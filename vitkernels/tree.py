@@ -50,22 +50,25 @@ class Tree:
     def nodes(self, level: int, device=None) -> Tensor:
         """Places of every node of a level, ``[nodes, largest node]`` int64; -1 beyond a node."""
         bounds = self.bounds(level, device)
-        return _runs(bounds[:-1], bounds[1:])
+        return _runs(bounds[:-1], bounds[1:], -(-self.tokens >> level))
+
+    def slots(self, level: int, device=None) -> Tensor:
+        """Where every place stands in ``nodes(level)``, flattened: ``[N]`` int64."""
+        bounds, places = self.bounds(level, device), torch.arange(self.tokens, device=device)
+        node = torch.bucketize(places, bounds[1:], right=True)
+        return node * -(-self.tokens >> level) + places - bounds[node]
 
     def keys(self, overlap: int, device=None) -> Tensor:
         """Places that each leaf attends to, ``[leaves, places]`` int64; -1 beyond.
 
         Its own, and the ``overlap`` of its sibling that are nearest to the split; without a sibling its own.
         """
-        bounds = self.bounds(self.levels, device)
-        first, last = bounds[:-1].clone(), bounds[1:].clone()
-        if self.levels:
-            last[0::2] += overlap
-            first[1::2] -= overlap
-        return _runs(first, last)
+        bounds, overlap = self.bounds(self.levels, device), overlap if self.levels else 0
+        second = torch.arange(len(bounds) - 1, device=device) % 2
+        return _runs(bounds[:-1] - overlap * second, bounds[1:] + overlap * (1 - second), self.largest + overlap)
 
 
-def _runs(first: Tensor, last: Tensor) -> Tensor:
-    """``[first, last)`` of each, -1 beyond."""
-    places = first[:, None] + torch.arange(int((last - first).max()), device=first.device)
+def _runs(first: Tensor, last: Tensor, width: int) -> Tensor:
+    """``[first, last)`` of each, -1 beyond: ``[runs, width]``."""
+    places = first[:, None] + torch.arange(width, device=first.device)
     return places.where(places < last[:, None], -1)

@@ -65,7 +65,7 @@ def balanced_clusters(
         raise ValueError(f"iterations must be at least 0, got {iterations}")
     if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
         raise TypeError(f"temperature must be a number, got {temperature!r}")
-    if not (math.isfinite(temperature) and temperature > 0):
+    if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be finite and above 0, got {temperature}")
     if x.shape[1] < 1 or x.shape[3] < 1:
         raise ValueError(

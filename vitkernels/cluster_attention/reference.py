@@ -35,7 +35,8 @@ def balanced_clusters(
             centroids = _centroids(features, weights * inside[..., None])
         near = _similarities(units, centroids) + 1
         ratios = near[..., 0] / near[..., 1]
-        order = _sorted(nodes.where(inside, tokens), ratios.where(inside, torch.nan))[..., inside]
+        nodes = _sorted(nodes.where(inside, tokens), ratios.where(inside, torch.nan))
+        order = nodes.flatten(2)[..., tree.slots(level, x.device)]
     return order.to(torch.int32)
 
 
@@ -81,5 +82,6 @@ def cluster_attention(
     q, k, v = (_rows(rearrange(x, "b n h d -> b h n d"), order) for x in (q, k, v))  # [B, heads, N, head_dim], sorted
     logits = (q[:, :, queries] * scale) @ k[:, :, keys].transpose(-1, -2)  # [B, heads, leaves, n, m]
     logits = logits.masked_fill((keys < 0)[:, None, :], torch.finfo(logits.dtype).min)
-    out = (logits.softmax(-1) @ v[:, :, keys])[:, :, queries >= 0]  # [B, heads, N, head_dim]
+    out = (logits.softmax(-1) @ v[:, :, keys]).flatten(2, 3)  # [B, heads, leaves * n, head_dim]
+    out = out[:, :, tree.slots(tree.levels, q.device)]  # [B, heads, N, head_dim]
     return rearrange(_rows(out, order.argsort(-1)), "b h n d -> b n h d")

@@ -1,4 +1,4 @@
-from .module import LongShortDistanceAttention, MaxSA, WindowAttention
+from .module import CrossShapedWindowAttention, LongShortDistanceAttention, MaxSA, WindowAttention
 from .op import (
     block_attention,
     grid_attention,
@@ -9,6 +9,7 @@ from .op import (
 )
 
 __all__ = [
+    "CrossShapedWindowAttention",
     "LongShortDistanceAttention",
     "MaxSA",
     "WindowAttention",

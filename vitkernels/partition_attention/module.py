@@ -7,47 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _checks
+from .._layer import AttentionLayer, LocalPosition
 from ..partition import Partition, Size, as_pair
 from ..position_bias import DynamicPositionBias
 from .op import lsda_attention, partition_attention_qkvpacked
 
 
-class _Attention(nn.Module):
-    """What the layers share: the fused projection, the output projection, their checks."""
-
-    def __init__(self, dim: int, heads: int, *, qkv_bias: bool, scale: float | None, proj_drop: float):
-        super().__init__()
-        _checks.check_ints(dim=dim, heads=heads)
-        for name, value in (("dim", dim), ("heads", heads)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if dim % heads:
-            raise ValueError(f"dim must be a multiple of heads, got dim {dim} and {heads} heads")
-        self.dim, self.heads, self.scale = dim, heads, scale
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
-        self.proj_drop = nn.Dropout(proj_drop)
-
-    def _check(self, x: Tensor) -> None:
-        _checks.check_tensor("x", x, "[B, H, W, C]")
-        if x.shape[-1] != self.dim:
-            raise ValueError(
-                f"x must be [B, H, W, C] with C = {self.dim}, got {_checks.shape_of(x)}; NCHW maps need a permute"
-            )
-
-    def _project(self, x: Tensor) -> Tensor:
-        """``[B, H, W, C]`` to packed ``[B, H, W, 3, heads, head_dim]``."""
-        return self.qkv(x).unflatten(-1, (3, self.heads, self.dim // self.heads))
-
-    def _merge(self, out: Tensor) -> Tensor:
-        """``[B, H, W, heads, head_dim]`` to ``[B, H, W, C]``."""
-        return self.proj_drop(self.proj(out.flatten(-2)))
-
-    def extra_repr(self) -> str:
-        return f"dim={self.dim}, heads={self.heads}"
-
-
-class LongShortDistanceAttention(_Attention):
+class LongShortDistanceAttention(AttentionLayer):
     """CrossFormer's SDA (``interval=1``) or LDA layer with its dynamic position bias.
 
     "CrossFormer: A Versatile Vision Transformer Hinging on Cross-scale Attention" (Wang et al., ICLR 2022), sections
@@ -103,7 +69,7 @@ class LongShortDistanceAttention(_Attention):
         return f"{super().extra_repr()}, group_size={self.partition.group}, interval={self.partition.interval}"
 
 
-class _TableAttention(_Attention):
+class _TableAttention(AttentionLayer):
     """A layer whose bias is a learned table, stored as Swin stores it: ``[(2Gh-1)(2Gw-1), heads]``."""
 
     def __init__(self, dim: int, heads: int, group: tuple[int, int], **kwargs):
@@ -210,3 +176,73 @@ class MaxSA(_TableAttention):
     def extra_repr(self) -> str:
         mode = "block" if self.partition.interval == (1, 1) else "grid"
         return f"{super().extra_repr()}, mode={mode}, size={self.group}"
+
+
+class _Stripes(nn.Module):
+    """One direction of `CrossShapedWindowAttention`: attention inside the groups of a partition, and LePE of each."""
+
+    def __init__(self, dim: int, partition: Partition):
+        super().__init__()
+        self.partition = partition
+        self.get_v = LocalPosition(dim)
+
+    def forward(self, qkv: Tensor, scale: float | None) -> Tensor:  # [B, H, W, 3, heads, head_dim]
+        size = qkv.shape[1:3]
+        out = partition_attention_qkvpacked(qkv, self.partition, scale=scale)
+        return out + self._position(qkv[:, :, :, 2], self.partition.on(*size))
+
+    def _position(self, v: Tensor, stripes: Partition) -> Tensor:  # [B, H, W, heads, head_dim], and so is the result
+        """LePE with every stripe as an image of its own."""
+        windows = stripes.split(v)  # [B, stripes, N, heads, head_dim]
+        out = self.get_v(windows.flatten(0, 1).unflatten(1, stripes.group))
+        return stripes.merge(out.flatten(1, 2).unflatten(0, windows.shape[:2]), *v.shape[1:3])
+
+
+class CrossShapedWindowAttention(AttentionLayer):
+    """CSWin's attention: half of the heads in standing stripes, half in lying ones, with LePE inside each stripe.
+
+    "CSWin Transformer" (Dong et al., CVPR 2022), sections 3.2 and 3.3. Parameters are named as in the official code,
+    which keeps them in the block: ``qkv``, ``proj``, ``attns.0.get_v`` (standing), ``attns.1.get_v`` (lying). On a map
+    that does not divide, which the official code refuses, the last stripe is narrower.
+
+    Args:
+        dim: channels C.
+        heads: attention heads, an even number unless ``last_stage``.
+        stripe_width: tokens across a stripe; along it a stripe is as long as the map.
+        last_stage: one window, the whole map, for all heads (``attns.0``); the stripe width is not used.
+        qkv_bias, scale, proj_drop: as in `LongShortDistanceAttention`.
+
+    Shape:
+        ``[B, H, W, C]`` to ``[B, H, W, C]``.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        stripe_width: int = 7,
+        *,
+        last_stage: bool = False,
+        qkv_bias: bool = True,
+        scale: float | None = None,
+        proj_drop: float = 0.0,
+    ):
+        super().__init__(dim, heads, qkv_bias=qkv_bias, scale=scale, proj_drop=proj_drop)
+        _checks.check_ints(stripe_width=stripe_width)
+        if stripe_width < 1:
+            raise ValueError(f"stripe_width must be at least 1, got {stripe_width}")
+        if heads % 2 and not last_stage:
+            raise ValueError(f"heads must be even, half for each direction of the stripes, got {heads}")
+        partitions = [Partition.stripes(stripe_width, vertical) for vertical in (True, False)]
+        if last_stage:
+            partitions = [Partition(None)]
+        self.attns = nn.ModuleList(_Stripes(dim // len(partitions), partition) for partition in partitions)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._check(x)
+        halves = self._project(x).chunk(len(self.attns), -2)  # each [B, H, W, 3, heads / 2, head_dim]
+        return self._merge(torch.cat([attend(qkv, self.scale) for attend, qkv in zip(self.attns, halves)], -2))
+
+    def extra_repr(self) -> str:
+        across = "whole map" if len(self.attns) == 1 else self.attns[0].partition.group[1]
+        return f"{super().extra_repr()}, stripe_width={across}"
