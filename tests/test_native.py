@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from vitkernels import Partition, _native, partition_attention
+from vitkernels import Partition, _native, feature_space_attention, partition_attention
 from vitkernels.partition_attention.reference import partition_attention as reference
 from vitkernels.partition_attention.reference import relative_position_index
+from vitkernels.tree import Tree
 
 ROOT = Path(__file__).parents[1]
 LEVELS = ("avx512", "avx2", "default")
@@ -95,6 +96,23 @@ def test_index_map_is_that_of_partition(bindings):
         assert torch.equal(torch.from_numpy(wrapped), expected), (height, width, partition)
 
 
+def test_tree_is_that_of_python(bindings):
+    for tokens in (1, 2, 5, 48, 49, 97, 98, 99, 196, 1000, 3136, 9216, 2**31 - 1):
+        for leaf_size in (1, 2, 7, 49, 10**6) if tokens < 10**4 else (10**6,):
+            tree = Tree.of(tokens, leaf_size)
+            expected = [tree.bounds(level).tolist() for level in range(tree.levels + 1)]
+            assert bindings.tree(tokens, leaf_size) == expected, (tokens, leaf_size)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_row_sums(bindings, dtype):
+    """Small integers, so that the result is exact."""
+    lanes = bindings.bytes // (4 if dtype == "float32" else 8)
+    a = torch.randint(-9, 10, (lanes, 3 * lanes)).to(getattr(torch, dtype))
+    sums = getattr(bindings, f"row_sums_{dtype}")(a.numpy())
+    assert torch.equal(torch.from_numpy(sums), a.sum(1))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_products(bindings, dtype):
     """Around every tile size; small integers, so that the result is exact."""
@@ -156,7 +174,7 @@ def test_weights_of_one_group(bindings, dtype, group):
 
 CONTRACT = """
 import sys, torch, vitkernels
-from vitkernels import Partition, _native, partition_attention
+from vitkernels import Partition, _native, cluster_attention, partition_attention
 from vitkernels.partition_attention.reference import partition_attention as reference
 from contract import assert_contract
 assert _native.capability() == sys.argv[1]
@@ -180,6 +198,15 @@ for height, width, heads, head_dim, partition in [
             lambda q, k, v, bias: reference(q, k, v, partition, bias),
             inputs, cotangent, dtype, tables=(3,),
         )
+for tokens, heads, head_dim, leaf_size, overlap in [(199, 2, 32, 49, 20), (288, 1, 24, 49, 20), (50, 2, 72, 12, 7)]:
+    *inputs, cotangent = torch.randn(4, 2, tokens, heads, head_dim).double()
+    order = torch.rand(2, heads, tokens).argsort(-1).int()
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        ours, reference = (
+            lambda q, k, v, b=b: cluster_attention(q, k, v, order, leaf_size=leaf_size, overlap=overlap, backend=b)
+            for b in ("cpu", "reference")
+        )
+        assert_contract(ours, reference, inputs, cotangent, dtype)
 """
 
 
@@ -244,6 +271,18 @@ for height, width, heads, head_dim, partition in [
             out, statistic = run.partition_attention_forward(*x, [], False, *geometry, 0.2)
             dqkv, dbias = run.partition_attention_backward(dx, *x, [], False, statistic, *geometry, 0.2)
             assert all(t.isfinite().all() for t in (out, dqkv, dbias))
+for tokens, heads, head_dim, leaf_size, overlap in [
+    (101, 2, 24, 12, 5), (98, 1, 32, 49, 20), (7, 3, 1, 7, 9), (9, 1, 19, 2, 2),
+]:
+    for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+        q, k, v, dout = torch.randn(4, 2, tokens, heads, head_dim).to(dtype)
+        for order in (torch.rand(2, heads, tokens).argsort(-1), torch.randint(-(2**31), 2**31, (2, heads, tokens))):
+            for at_end in (False, True):
+                x = [guarded(t, at_end) for t in (q, k, v, order.int())]
+                out, statistic = run.cluster_attention_forward(*x, leaf_size, overlap, 0.2, False)
+                run.cluster_attention_backward(guarded(dout, at_end), *x, statistic, leaf_size, overlap, 0.2)
+                if dtype != torch.float64:
+                    run.balanced_clusters(x[0], leaf_size, 2, 0.01)
 print("untouched")
 """
 
@@ -269,6 +308,24 @@ def test_same_bits_for_any_number_of_threads(batch):
             torch.set_num_threads(count)
             out = partition_attention(*qkv, Partition.long(7, 2), bias, backend="cpu")
             results.append([out, *torch.autograd.grad(out.square().sum(), [*qkv, bias])])
+    finally:
+        torch.set_num_threads(threads)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0]))
+
+
+@needs_native
+@pytest.mark.parametrize("tokens", [1, 196, 500])
+def test_clusters_have_the_same_bits_for_any_number_of_threads(tokens):
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    qkv = torch.randn(3, tokens, 3, 5, 32, requires_grad=True)
+    results = []
+    try:
+        for count in (1, 2, 5, 1):
+            torch.set_num_threads(count)
+            out = feature_space_attention(qkv, backend="cpu")
+            results.append([out, *torch.autograd.grad(out.square().sum(), qkv)])
     finally:
         torch.set_num_threads(threads)
     for result in results[1:]:

@@ -1,6 +1,7 @@
 // The headers of csrc for tests/test_native.py. Compiled by the test, without torch.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <algorithm>
 #include <utility>
@@ -8,6 +9,7 @@
 
 #include "cpu/attention.h"
 #include "partition.h"
+#include "tree.h"
 
 namespace py = pybind11;
 using namespace vitkernels;
@@ -39,6 +41,15 @@ std::pair<Array<int64_t>, Array<bool>> index_map(Pair size, Pair group, Pair int
       }
   }
   return {out, wrapped};
+}
+
+// First places of the nodes of every level, and N.
+std::vector<std::vector<int64_t>> tree_bounds(int64_t tokens, int64_t leaf_size) {
+  Tree tree = Tree::of(tokens, leaf_size);
+  std::vector<std::vector<int64_t>> bounds(tree.levels + 1);
+  for (int64_t level = 0; level <= tree.levels; level++)
+    for (int64_t node = 0; node <= int64_t(1) << level; node++) bounds[level].push_back(tree.first(level, node));
+  return bounds;
 }
 
 // A copy with its rows, and their number, padded to full vectors with zeros, and a vector's slack.
@@ -93,6 +104,20 @@ Array<T> weights(Array<T> q, Array<T> k, Array<T> bias, Pair size) {
   return scores.array();
 }
 
+// Of the rows of a matrix of as many rows as a vector has lanes.
+template <class T>
+Array<T> row_sums(Array<T> a) {
+  Vec<T> sums{};
+  for (int64_t j = 0; j < a.shape(1); j += LANES<T>) {
+    Vec<T> rows[LANES<T>];
+    for (int i = 0; i < LANES<T>; i++) rows[i] = load(a.data(i, j));
+    sums += sums_of<T>(rows);
+  }
+  Array<T> out(LANES<T>);
+  store(out.mutable_data(), sums);
+  return out;
+}
+
 template <class T>
 Array<T> exponential(Array<T> x) {
   std::vector<T> in(x.data(), x.data() + x.size()), out(padded<T>(x.size()));
@@ -117,6 +142,10 @@ Array<uint16_t> narrow(Array<float> x) {
 
 PYBIND11_MODULE(bindings, m) {
   m.def("index", index_map);
+  m.def("tree", tree_bounds);
+  m.def("row_sums_float32", row_sums<float>);
+  m.def("row_sums_float64", row_sums<double>);
+  m.attr("bytes") = VITKERNELS_VECTOR_BYTES;
   m.def("product_float32", product<float>);
   m.def("product_float64", product<double>);
   m.def("transposition_float32", transposition<float>);
