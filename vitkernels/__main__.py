@@ -3,44 +3,80 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from . import Partition, _dispatch, info, partition_attention
+from . import Partition, _dispatch, balanced_clusters, cluster_attention, info, partition_attention
 
 
-def _run(dtype: torch.dtype, device: str, backend: str) -> list[Tensor]:
-    """Output and gradients of a dilated partition with a bias table, groups outside the map among them."""
-    torch.manual_seed(0)
-    inputs = [torch.randn(2, 15, 9, 2, 32) for _ in range(3)] + [torch.randn(2, 13, 13)]
-    cotangent = torch.randn(2, 15, 9, 2, 32).to(device, dtype)
-    leaves = [x.to(device, dtype).requires_grad_() for x in inputs]
-    out = partition_attention(*leaves[:3], Partition.long(7, 2), leaves[3], backend=backend)
+def _gradients(attend: Callable, leaves: list[Tensor], cotangent: Tensor) -> list[Tensor]:
+    """The output and the gradient of every leaf, on the CPU."""
+    leaves = [x.requires_grad_() for x in leaves]
+    out = attend(*leaves)
     return [x.cpu() for x in (out, *torch.autograd.grad(out, leaves, cotangent))]
+
+
+def _partition(dtype: torch.dtype, device: str, backend: str) -> list[Tensor]:
+    """A dilated partition with a bias table, groups outside the map among them."""
+    *inputs, cotangent = (x.to(device, dtype) for x in torch.randn(4, 2, 15, 9, 2, 32))
+    bias = torch.randn(2, 13, 13).to(device, dtype)
+    partition = Partition.long(7, 2)
+    attend = lambda q, k, v, bias: partition_attention(q, k, v, partition, bias, backend=backend)  # noqa: E731
+    return _gradients(attend, [*inputs, bias], cotangent)
+
+
+def _cluster(dtype: torch.dtype, device: str, backend: str) -> list[Tensor]:
+    """Leaves of 49 and 50 tokens in a random order."""
+    *inputs, cotangent = (x.to(device, dtype) for x in torch.randn(4, 2, 199, 2, 32))
+    order = torch.rand(2, 2, 199).argsort(-1).to(device)
+    return _gradients(lambda q, k, v: cluster_attention(q, k, v, order, backend=backend), inputs, cotangent)
+
+
+def _order(dtype: torch.dtype, device: str, backend: str) -> list[Tensor]:
+    """The tokens of every leaf."""
+    order = balanced_clusters(torch.randn(2, 196, 2, 32).to(device), backend=backend)
+    return [order.cpu().unflatten(2, (4, 49)).sort(-1).values.double()]
+
+
+CHECKS = {
+    "partition_attention": (_partition, ("triton", "cpu")),
+    "cluster_attention": (_cluster, ("triton", "cpu")),
+    "balanced_clusters": (_order, ("cuda", "cpu")),
+}
+
+
+def _error(check: Callable, device: str, backend: str) -> float:
+    """Of all tensors the largest, relative to the reference in float64."""
+    results = []
+    for arguments in ((torch.float64, "cpu", "reference"), (torch.float32, device, backend)):
+        torch.manual_seed(0)
+        results.append(check(*arguments))
+    return max(((b - a).abs().max() / a.abs().max()).item() for a, b in zip(*results))
 
 
 def selftest() -> int:
     """Run every backend that is here, forward and backward, against the reference in float64; the number that
     failed.
     """
-    expected = _run(torch.float64, "cpu", "reference")
     # TF32 matrix products, where they are allowed, keep 10 bits
     allowed = 1e-5 if torch.get_float32_matmul_precision() == "highest" else 1e-2
     failures = 0
     for backend in _dispatch.BACKENDS[:-1]:
         why = _dispatch.absent(backend)
         if why:
-            print(f"{backend:8} absent: {why}")
+            print(f"{backend:6}  absent: {why}")
             continue
-        device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
-        error = max(
-            ((a - b).abs().max() / b.abs().max()).item() for a, b in zip(_run(torch.float32, device, backend), expected)
-        )
-        failures += not error < allowed
-        print(
-            f"{backend:8} {'passed' if error < allowed else 'FAILED'} on {device}: largest relative error {error:.1e}"
-        )
+        device = "cuda" if backend != "cpu" and torch.cuda.is_available() else "cpu"
+        for name, (check, backends) in CHECKS.items():
+            if backend not in backends:
+                continue
+            error = _error(check, device, backend)
+            passed = error < allowed
+            failures += not passed
+            verdict = "passed" if passed else "FAILED"
+            print(f"{backend:6}  {name:19}  {verdict} on {device}: largest relative error {error:.1e}")
     return failures
 
 
