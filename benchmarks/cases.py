@@ -1,44 +1,16 @@
-"""What is measured: attention layers of published models, as (map, heads, partition, position bias)."""
+"""What is measured: layers of published models."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import cluster_attention
+import partition_attention
+from workload import Case
 
 from vitkernels import Partition
 
 
-@dataclass(frozen=True)
-class Case:
-    """One attention layer; batch sizes are those of a usual run on a CPU and on a GPU."""
-
-    name: str
-    height: int  # tokens
-    width: int  # tokens
-    heads: int
-    partition: Partition  # concrete
-    bias: str  # "dpb": a DynamicPositionBias, evaluated in every call; "table": a learned table
-    cpu_batch: int = 8
-    gpu_batch: int = 128
-    head_dim: int = 32
-
-    @property
-    def dim(self) -> int:
-        """Channels, C."""
-        return self.heads * self.head_dim
-
-    def batch(self, device: str) -> int:
-        return self.gpu_batch if device == "cuda" else self.cpu_batch
-
-    def describe(self) -> str:
-        (gh, gw), (iy, ix), (sy, sx) = self.partition.group, self.partition.interval, self.partition.shift
-        words = [f"map {self.height}x{self.width}", f"{self.heads} heads x {self.head_dim}", f"groups {gh}x{gw}"]
-        words += [f"interval {iy}x{ix}"] if iy * ix > 1 else []
-        words += [f"shift {sy},{sx}"] if sy or sx else []
-        return ", ".join([*words, {"dpb": "dynamic position bias", "table": "bias table"}[self.bias]])
-
-
 def _case(name: str, height: int, width: int, heads: int, partition: Partition, bias: str, **batches: int) -> Case:
-    return Case(name, height, width, heads, partition.on(height, width), bias, **batches)
+    return partition_attention.Case(name, height, width, heads, partition.on(height, width), bias, **batches)
 
 
 def _crossformer(
@@ -70,6 +42,16 @@ def _swin() -> list[Case]:
     return [_case(f"swin-t-224-stage{n}-shifted", s, s, h, Partition.window(7, 3), "table") for n, s, h in sizes]
 
 
+def _boat(name: str, size: int, heads: int, **batches: int) -> list[Case]:
+    """Clustering, attention inside the clusters, and both, of one layer."""
+    kinds = {
+        "cluster": cluster_attention.Clustering,
+        "attend": cluster_attention.Attention,
+        "both": cluster_attention.ClusteringAndAttention,
+    }
+    return [cluster_attention.Case(f"{name}-{k}", size, size, heads, kinds[k], cpu_batch=2, **batches) for k in kinds]
+
+
 SEVENS, INTERVALS = (7, 7, 7, 7), (8, 4, 2, 1)
 
 CASES: tuple[Case, ...] = (
@@ -79,6 +61,9 @@ CASES: tuple[Case, ...] = (
     *_swin(),
     # unfavourable: groups of 16 tokens fill a quarter of a tile, 196 tokens do more arithmetic than memory traffic
     *_crossformer("crossformer++-s-224", 56, 56, 2, (4, 4, 14), (4, 2, 1)),
+    # stage 4 is one leaf and has no such attention
+    *(case for stage in range(3) for case in _boat(f"boat-swin-t-224-stage{stage + 1}", 56 >> stage, 3 << stage)),
+    *_boat("boat-swin-t-384-stage1", 96, 3, gpu_batch=32),
 )
 
-QUICK = ("crossformer-s-224-stage1-sda", "crossformer-s-224-stage1-lda")
+QUICK = ("crossformer-s-224-stage1-sda", "crossformer-s-224-stage1-lda", "boat-swin-t-224-stage3-both")

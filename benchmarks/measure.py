@@ -137,7 +137,7 @@ def machine(device: torch.device) -> dict[str, str]:
     found["cpu"] = f"{_cpu_model()}, {os.cpu_count()} logical CPUs"
     found["threads"] = str(torch.get_num_threads())
     found["system"] = f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"
-    wanted = ("vitkernels", "torch", "triton", *(f"backend {name}" for name in ("triton", "cpu")))
+    wanted = ("vitkernels", "torch", "triton", *(f"backend {name}" for name in ("triton", "cuda", "cpu")))
     found |= {key: value for key, value in vitkernels.info().items() if key in wanted}
     found["float32 matmul"] = torch.get_float32_matmul_precision()
     found["subnormals"] = "flushed to zero"

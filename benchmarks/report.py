@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 NOT_MEASURED = "not yet measured"
+NO_CONTENDER = "-"  # of this layer
 FIELDS = (
     *("case", "layer", "batch", "dtype", "mode", "contender", "status", "reason"),
     *("ms", "p20", "p80", "rounds", "speedup", "gbps", "floor", "memory"),
@@ -63,8 +64,9 @@ SHOW: dict[str, Callable[[float], str]] = {
 TITLES = {"speedup": "vs eager", "gbps": "GB/s", "floor": "of floor", "memory": "peak memory"}
 EXPLANATION = (
     "vs eager: eager's median in the same run over this median. GB/s: what a fused operator must move (4 tensors of\n"
-    "tokens x channels forward, 7 backward) over the median. of floor: how much of the copy bandwidth above that is;\n"
-    "past 100 % a cache served it. peak memory: most bytes of tensors alive at once, results included, inputs not."
+    "tokens x channels forward, 7 backward; clustering 1; an order of tokens where it is read or written) over the\n"
+    "median. of floor: how much of the copy bandwidth above that is; past 100 % a cache served it. peak memory: most\n"
+    "bytes of tensors alive at once, results included, inputs not."
 )
 
 
@@ -116,18 +118,19 @@ def text(results: dict) -> str:
 def markdown(results: dict) -> str:
     """One row per layer and mode: milliseconds of every contender, then speed-up and memory of vitkernels."""
     rows = results["rows"]
-    contenders = list(dict.fromkeys(row["contender"] for row in rows))
-    ours = [name for name in contenders if name.startswith("vitkernels")]
+    names = list(dict.fromkeys(row["contender"] for row in rows))
+    ours = [name for name in names if name.startswith("vitkernels")]
+    contenders = [name for name in names if name not in ours] + ours  # a first layer may lack some of the others
     titles = ["layer", "batch", "dtype", "pass", *(f"{name}, ms" for name in contenders)]
     titles += [f"{name}: {what}" for name in ours for what in ("vs eager", "of floor")] + [
         f"{name}: peak memory" for name in ("eager", *ours)
     ]
     lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * 4 + "---:|" * (len(titles) - 4)]
     for (case, batch, dtype, mode), group in _groups(rows, "case", "batch", "dtype", "mode").items():
-        found = {row["contender"]: row for row in group if row["status"] == "ok"}
+        found = {row["contender"]: row for row in group}
 
         def cell(contender: str, field: str, found=found) -> str:
-            return number(found.get(contender, {}).get(field), SHOW[field])
+            return number(found[contender].get(field), SHOW[field]) if contender in found else NO_CONTENDER
 
         cells = [case, str(batch), dtype, mode, *(cell(name, "ms") for name in contenders)]
         cells += [cell(name, field) for name in ours for field in ("speedup", "floor")]

@@ -1,13 +1,13 @@
-"""Time partition attention: vitkernels beside plain PyTorch, SDPA, torch.compile and FlexAttention.
+"""Time attention layers: vitkernels beside plain PyTorch, SDPA, torch.compile and FlexAttention.
 
-A contender is timed only after its output and gradients agree with the float64 reference. Contenders take turns, call
-by call, so that their ratios come from one run. Results are saved as they come; Ctrl-C prints what there is.
+A contender is timed only after its output and gradients agree with the float64 reference, and its clusters, where it
+makes them, with those of float64. Contenders take turns, call by call, so that their ratios come from one run. Results
+are saved as they come; Ctrl-C prints what there is.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import fnmatch
 import itertools
 import statistics
@@ -15,135 +15,28 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
-import baselines
 import measure
 import report
 import torch
-from cases import CASES, QUICK, Case
-from torch import Tensor, nn
-
-import vitkernels
+from cases import CASES, QUICK
+from workload import MODES, OURS, Case, Contender, Workload
 
 RESULTS = Path(__file__).parent / "results" / "latest.json"
-MODES = {"fwd": 4, "bwd": 7, "full": 11}  # tensors of tokens x channels that a fused operator reads and writes
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-OURS = "vitkernels-"
+BASELINES = tuple(dict.fromkeys(name for case in CASES for name in case.kind.baselines))
 
 
-@dataclass
-class Workload:
-    """Inputs of one case, the same for every contender."""
-
-    case: Case
-    qkv: Tensor  # [B, H, W, 3, heads, head_dim]
-    position_bias: Tensor | nn.Module
-    dout: Tensor  # [B, H, W, heads, head_dim]
-
-    @classmethod
-    def random(cls, case: Case, batch: int, device: torch.device, dtype: torch.dtype) -> Workload:
-        torch.manual_seed(0)
-        shape = (batch, case.height, case.width, case.heads, case.head_dim)
-        qkv = torch.randn(*shape[:3], 3, *shape[3:], device=device).to(dtype)
-        if case.bias == "dpb":
-            # in training mode, so that nobody may keep the table of frozen weights from one call to the next
-            position_bias = vitkernels.DynamicPositionBias(case.dim, case.heads).to(device)
-        else:
-            table = (case.heads, *(2 * size - 1 for size in case.partition.group))
-            position_bias = torch.randn(table, device=device).requires_grad_()
-        return cls(case, qkv.requires_grad_(), position_bias, torch.randn(shape, device=device).to(dtype))
-
-    def double(self) -> Workload:
-        """The same numbers in float64."""
-        qkv, dout = self.qkv.detach().double().requires_grad_(), self.dout.double()
-        if isinstance(self.position_bias, nn.Module):
-            return Workload(self.case, qkv, copy.deepcopy(self.position_bias).double(), dout)
-        return Workload(self.case, qkv, self.position_bias.detach().double().requires_grad_(), dout)
-
-    def leaves(self) -> list[Tensor]:
-        module = isinstance(self.position_bias, nn.Module)
-        return [self.qkv, *(self.position_bias.parameters() if module else [self.position_bias])]
-
-    def forward(self, attend: baselines.Attend) -> Tensor:
-        with torch.no_grad():
-            return attend(self.qkv, self.position_bias)
-
-    def full(self, attend: baselines.Attend) -> tuple[Tensor, ...]:
-        """Gradients of `leaves`."""
-        return torch.autograd.grad(attend(self.qkv, self.position_bias), self.leaves(), self.dout)
-
-    def call(self, attend: baselines.Attend, mode: str) -> Callable[[], object]:
-        """What is timed."""
-        if mode != "bwd":
-            return partial(self.forward if mode == "fwd" else self.full, attend)
-        out = attend(self.qkv, self.position_bias)
-        return partial(torch.autograd.grad, out, self.leaves(), self.dout, retain_graph=True)
-
-    def bytes(self, mode: str) -> int:
-        return MODES[mode] * self.dout.numel() * self.dout.element_size()
-
-
-def vitkernels_on(backend: str, case: Case) -> baselines.Attend:
-    """The public function as a user of this layer calls it."""
-    if case.bias == "dpb":
-        group, interval = case.partition.group, case.partition.interval
-        return partial(vitkernels.lsda_attention, group_size=group, interval=interval, backend=backend)
-    return lambda qkv, table: vitkernels.partition_attention_qkvpacked(qkv, case.partition, table, backend=backend)
-
-
-def tensors_of(workload: Workload, attend: baselines.Attend, gradients: bool) -> dict[str, Tensor]:
-    """What the parity gate compares; the gradients of a position MLP are compared as one vector."""
-    found = {"output": workload.forward(attend)}
-    if gradients:
-        qkv, *bias = workload.full(attend)
-        found |= {"qkv gradient": qkv, "position bias gradient": torch.cat([x.flatten() for x in bias])}
-    return found
-
-
-class Gate:
-    """Accepts a contender whose error is at most twice that of the reference in the same dtype, plus two roundings."""
-
-    def __init__(self, workload: Workload, gradients: bool):
-        self.workload, self.gradients = workload, gradients
-        reference = vitkernels_on("reference", workload.case)
-        self.truth = tensors_of(workload.double(), reference, gradients)
-        low = tensors_of(workload, reference, gradients)
-        rounding = 2 * torch.finfo(workload.qkv.dtype).eps
-        self.bounds = {k: 2 * self.error(k, low[k]) + rounding * x.abs().max().item() for k, x in self.truth.items()}
-
-    def error(self, name: str, found: Tensor) -> float:
-        return (found.double() - self.truth[name]).abs().max().item()
-
-    def objection(self, attend: baselines.Attend) -> str | None:
-        """Why this contender must not be timed, or None."""
-        for name, found in tensors_of(self.workload, attend, self.gradients).items():
-            if found.shape != self.truth[name].shape:
-                return f"{name} has shape {list(found.shape)}, expected {list(self.truth[name].shape)}"
-            error = self.error(name, found)
-            if not error <= self.bounds[name]:  # a NaN is refused too
-                return f"{name} is off by {error:.2e}, allowed {self.bounds[name]:.2e}"
-        return None
-
-
-def contenders(device: torch.device, args: argparse.Namespace) -> list[str]:
+def contenders(case: Case, args: argparse.Namespace) -> list[str]:
     """Their names in the order of the table; eager, which the others are measured against, comes first."""
     if args.backend:
-        asked = [name if name in baselines.BASELINES else OURS + name for name in args.backend]
+        asked = [name if name in BASELINES else OURS + name for name in args.backend]
         return list(dict.fromkeys(["eager", *asked]))
-    if device.type == "cuda":
-        return [*baselines.BASELINES, OURS + "triton"]
-    return ["eager", "eager-unbind", "sdpa", *(["compile"] if args.compile else []), OURS + "cpu"]
-
-
-def build(name: str, workload: Workload) -> baselines.Attend:
-    case = workload.case
-    if name.startswith(OURS):
-        return vitkernels_on(name.removeprefix(OURS), case)
-    grouping = baselines.Grouping(case.partition, case.height, case.width, workload.qkv.device, workload.qkv.dtype)
-    return baselines.BASELINES[name](grouping)
+    if args.device == "cuda":
+        return [*case.kind.baselines, OURS + case.kind.gpu]
+    fit = ("eager", "eager-unbind", "sdpa", *(["compile"] if args.compile else []))
+    return [*(name for name in fit if name in case.kind.baselines), OURS + "cpu"]
 
 
 def refusal(name: str, error: Exception) -> tuple[str, str]:
@@ -155,29 +48,32 @@ def refusal(name: str, error: Exception) -> tuple[str, str]:
     return "skipped" if absent else "FAILED", f"{type(error).__name__}: {line}"
 
 
-def admit(names: list[str], workload: Workload, gate: Gate) -> tuple[dict[str, baselines.Attend], dict]:
+def admit(names: list[str], workload: Workload, gradients: bool) -> tuple[dict[str, Contender], dict]:
     """Contenders that may be timed, and (status, reason) of the others."""
-    admitted, refused = {}, {}
+    admitted, refused, objection_to = {}, {}, workload.gate(gradients)
     for name in names:
+        if name in BASELINES and name not in workload.baselines:
+            refused[name] = ("skipped", "no baseline of this operator")
+            continue
         try:
-            attend = build(name, workload)
-            objection = gate.objection(attend)
+            contender = workload.build(name)
+            objection = objection_to(contender)
         except Exception as error:
             refused[name] = refusal(name, error)
             continue
         if objection:
             refused[name] = ("FAILED", objection)
         else:
-            admitted[name] = attend
+            admitted[name] = contender
     return admitted, refused
 
 
-def prepare(workload: Workload, mode: str, admitted: dict[str, baselines.Attend]) -> tuple[dict[str, Callable], dict]:
+def prepare(workload: Workload, mode: str, admitted: dict[str, Contender]) -> tuple[dict[str, Callable], dict]:
     """What to time, called once, and (status, reason) of contenders that cannot run this mode."""
     calls, refused = {}, {}
-    for name, attend in admitted.items():
+    for name, contender in admitted.items():
         try:
-            call = workload.call(attend, mode)
+            call = workload.call(contender, mode)
             call()
             calls[name] = call
         except Exception as error:
@@ -233,17 +129,18 @@ def progress(total: int) -> Iterator[Callable[[str], None]]:
 def run(cases: list[Case], args: argparse.Namespace, results: dict, save: Callable[[], None]) -> None:
     """Measure everything asked for; ``results`` fills as it goes."""
     device = torch.device(args.device)
-    names = contenders(device, args)
-    with progress(1 + len(cases) * len(args.dtype) * (1 + len(args.mode))) as step:
+    modes = {case: [mode for mode in args.mode if mode in case.kind.modes] for case in cases}
+    with progress(1 + len(args.dtype) * sum(1 + len(found) for found in modes.values())) as step:
         step("copy bandwidth")
         size = (1 << 30) if device.type == "cuda" else (1 << 27) if args.quick else (1 << 28)
         results["bandwidth"] = measure.copy_bandwidth(device, size)
         for case, dtype in itertools.product(cases, args.dtype):
             step(f"{case.name} {dtype}: parity")
             batch = args.batch or case.batch(device.type)
-            workload = Workload.random(case, batch, device, DTYPES[dtype])
-            admitted, refused = admit(names, workload, Gate(workload, gradients=args.mode != ["fwd"]))
-            for mode in args.mode:
+            workload = case.kind.random(case, batch, device, DTYPES[dtype])
+            names = contenders(case, args)
+            admitted, refused = admit(names, workload, gradients=modes[case] != ["fwd"])
+            for mode in modes[case]:
                 step(f"{case.name} {dtype}: {mode}")
                 calls, unable = prepare(workload, mode, admitted)
                 size = workload.bytes(mode)
@@ -268,7 +165,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "  python benchmarks/run.py --case 'crossformer-s-224-*' --mode fwd full --json crossformer.json\n"
         "  python benchmarks/run.py --case '*stage1*' --dtype bfloat16 --backend sdpa cpu --compare old.json",
     )
-    known = [*baselines.BASELINES, "triton", "cpu", "reference"]
+    known = [*BASELINES, "triton", "cuda", "cpu", "reference"]
     what = parser.add_argument_group("what to measure")
     what.add_argument("--case", nargs="+", metavar="GLOB", help="names of cases, with wildcards; --list prints them")
     what.add_argument(
@@ -278,7 +175,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     backends = f"contenders beside eager, of {', '.join(known)}; those that suit the device"
     what.add_argument("--backend", nargs="+", choices=known, metavar="NAME", help=backends)
     what.add_argument("--batch", type=int, help="images; the default is each case's own")
-    what.add_argument("--quick", action="store_true", help="CrossFormer-S stage 1, briefly: under a minute")
+    what.add_argument(
+        "--quick", action="store_true", help="CrossFormer-S stage 1 and BOAT stage 3, briefly: under a minute"
+    )
     what.add_argument("--list", action="store_true", help="print the cases and stop")
     how = parser.add_argument_group("how")
     how.add_argument("--device", choices=("cpu", "cuda"), help="cuda if there is one")
@@ -308,8 +207,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     cases = [case for case in CASES if any(fnmatch.fnmatchcase(case.name, pattern) for pattern in args.patterns)]
+    cases = [case for case in cases if set(args.mode) & set(case.kind.modes)]
     if not cases:
-        print(f"no case matches {' '.join(args.patterns)}; --list prints the cases", file=sys.stderr)
+        what = f"{' '.join(args.patterns)} and has a pass {' or '.join(args.mode)}"
+        print(f"no case matches {what}; --list prints the cases", file=sys.stderr)
         return 2
     if args.list:
         width = max(len(case.name) for case in cases)

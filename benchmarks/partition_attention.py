@@ -1,19 +1,25 @@
-"""Partition attention as one writes it with PyTorch alone: what vitkernels is compared with.
+"""Partition attention: its cases and inputs, and the operator as one writes it with PyTorch alone.
 
-A baseline is built for one partition of one map and then called as ``attend(qkv, position_bias)`` with qkv
-``[B, H, W, 3, heads, head_dim]`` and a table ``[heads, 2Gh-1, 2Gw-1]`` or a DynamicPositionBias; the result is
-``[B, H, W, heads, head_dim]``. What a module would keep in buffers (relative index, masks, offsets) is made when it is
-built.
+A contender is called as ``attend(qkv, position_bias)`` with qkv ``[B, H, W, 3, heads, head_dim]`` and a table
+``[heads, 2Gh-1, 2Gw-1]`` or a DynamicPositionBias; the result is ``[B, H, W, heads, head_dim]``. A baseline is built
+for one partition of one map: what a module would keep in buffers (relative index, masks, offsets) is made then.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
+import workload
 from torch import Tensor, nn
+from workload import MODES, OURS
 
+import vitkernels
 from vitkernels import Partition
 
 Attend = Callable[[Tensor, "Tensor | nn.Module"], Tensor]
@@ -170,9 +176,7 @@ def flex(grouping: Grouping, compiled: bool = True) -> Attend:
 
 def compiled(grouping: Grouping) -> Attend:
     """torch.compile of `eager`."""
-    torch._dynamo.reset()
-    torch._functorch.config.donated_buffer = False  # the pass "bwd" runs the backward of one graph many times
-    return torch.compile(eager(grouping), dynamic=False)
+    return workload.compiled(eager(grouping))
 
 
 BASELINES: dict[str, Callable[[Grouping], Attend]] = {
@@ -182,3 +186,80 @@ BASELINES: dict[str, Callable[[Grouping], Attend]] = {
     "compile": compiled,
     "flex": flex,
 }
+
+
+def vitkernels_on(backend: str, case: Case) -> Attend:
+    """The public function as a user of this layer calls it."""
+    if case.bias == "dpb":
+        group, interval = case.partition.group, case.partition.interval
+        return partial(vitkernels.lsda_attention, group_size=group, interval=interval, backend=backend)
+    return lambda qkv, table: vitkernels.partition_attention_qkvpacked(qkv, case.partition, table, backend=backend)
+
+
+@dataclass
+class Workload(workload.Workload):
+    """Random normal qkv; a position MLP or a random table."""
+
+    baselines: ClassVar = BASELINES
+
+    case: Case
+    qkv: Tensor  # [B, H, W, 3, heads, head_dim]
+    position_bias: Tensor | nn.Module
+    dout: Tensor  # [B, H, W, heads, head_dim]
+
+    @classmethod
+    def random(cls, case: Case, batch: int, device: torch.device, dtype: torch.dtype) -> Workload:
+        torch.manual_seed(0)
+        shape = (batch, case.height, case.width, case.heads, case.head_dim)
+        qkv = torch.randn(*shape[:3], 3, *shape[3:], device=device).to(dtype)
+        if case.bias == "dpb":
+            # in training mode, so that nobody may keep the table of frozen weights from one call to the next
+            position_bias = vitkernels.DynamicPositionBias(case.dim, case.heads).to(device)
+        else:
+            table = (case.heads, *(2 * size - 1 for size in case.partition.group))
+            position_bias = torch.randn(table, device=device).requires_grad_()
+        return cls(case, qkv.requires_grad_(), position_bias, torch.randn(shape, device=device).to(dtype))
+
+    def double(self) -> Workload:
+        qkv, dout = self.qkv.detach().double().requires_grad_(), self.dout.double()
+        if isinstance(self.position_bias, nn.Module):
+            return Workload(self.case, qkv, copy.deepcopy(self.position_bias).double(), dout)
+        return Workload(self.case, qkv, self.position_bias.detach().double().requires_grad_(), dout)
+
+    def build(self, name: str) -> Attend:
+        case = self.case
+        if name.startswith(OURS):
+            return vitkernels_on(name.removeprefix(OURS), case)
+        return BASELINES[name](Grouping(case.partition, case.height, case.width, self.qkv.device, self.qkv.dtype))
+
+    def output(self, contender: Attend) -> Tensor:
+        return contender(self.qkv, self.position_bias)
+
+    def leaves(self) -> list[Tensor]:
+        module = isinstance(self.position_bias, nn.Module)
+        return [self.qkv, *(self.position_bias.parameters() if module else [self.position_bias])]
+
+    def gradients(self, contender: Attend) -> dict[str, Tensor]:
+        """Those of a position MLP are compared as one vector."""
+        qkv, *bias = self.full(contender)
+        return {"qkv gradient": qkv, "position bias gradient": torch.cat([x.flatten() for x in bias])}
+
+    def bytes(self, mode: str) -> int:
+        return MODES[mode] * self.dout.numel() * self.dout.element_size()
+
+
+@dataclass(frozen=True)
+class Case(workload.Case):
+    """Attention inside the groups of a partition."""
+
+    kind: ClassVar = Workload
+
+    partition: Partition  # concrete
+    bias: str  # "dpb": a DynamicPositionBias, evaluated in every call; "table": a learned table
+
+    def describe(self) -> str:
+        (gh, gw), (iy, ix), (sy, sx) = self.partition.group, self.partition.interval, self.partition.shift
+        words = [f"map {self.height}x{self.width}", f"{self.heads} heads x {self.head_dim}", f"groups {gh}x{gw}"]
+        words += [f"interval {iy}x{ix}"] if iy * ix > 1 else []
+        words += [f"shift {sy},{sx}"] if sy or sx else []
+        return ", ".join([*words, {"dpb": "dynamic position bias", "table": "bias table"}[self.bias]])
