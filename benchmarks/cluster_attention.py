@@ -277,10 +277,6 @@ class ClusteringAndAttention(Attention):
 
         return objection
 
-    def bytes(self, mode: str) -> int:
-        clustering = 0 if mode == "bwd" else _size(self.dout) + _size(self.order)
-        return clustering + super().bytes(mode)
-
 
 def _size(x: Tensor) -> int:
     return x.numel() * x.element_size()
