@@ -260,6 +260,21 @@ def test_opcheck_and_compile(backend):
     assert torch.equal(run(x), balanced_clusters(x * 2, leaf_size=12, backend=backend))
 
 
+def test_cuda_tensors_without_the_cuda_library_take_the_slow_way(monkeypatch):
+    """... which `info` names; with the library they take it."""
+    device, native = torch.device("cuda"), vitkernels._native
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(native, "cuda", native.Library(None, "it was not built"))
+    assert vitkernels._dispatch.select("balanced_clusters", device, None, gpu="cuda") == "reference"
+    said = vitkernels.info()["backend cuda"]
+    assert said.startswith("absent: it was not built; balanced_clusters runs on CUDA tensors") and "slow" in said
+    with pytest.raises(RuntimeError, match="cuda cannot run balanced_clusters: it was not built"):
+        vitkernels._dispatch.select("balanced_clusters", device, "cuda", gpu="cuda")
+    monkeypatch.setattr(native, "cuda", native.Library(object(), ""))
+    assert vitkernels._dispatch.select("balanced_clusters", device, None, gpu="cuda") == "cuda"
+    assert vitkernels._dispatch.select("cluster_attention", device, None) == "triton"
+
+
 # bad input
 
 X = torch.randn(2, 100, 2, 16)
