@@ -3,10 +3,9 @@
 #include "balanced_clusters.h"
 
 #include <cmath>
-#include <new>
 #include <utility>
 
-#include "matrix.h"
+#include "workspace.h"
 
 namespace vitkernels::VITKERNELS_LEVEL {
 namespace {
@@ -29,7 +28,9 @@ struct Tokens {
   float* inverse_norms;
   int32_t* indices;
 
-  VITKERNELS_INLINE Tokens from(int64_t place) const { return {rows.at(place, 0), inverse_norms + place, indices + place}; }
+  VITKERNELS_INLINE Tokens from(int64_t place) const {
+    return {rows.at(place, 0), inverse_norms + place, indices + place};
+  }
 };
 
 struct Entry {
@@ -41,14 +42,8 @@ class Worker {
  public:
   explicit Worker(const BalancedClusters& problem)
       : p_(problem), width_(padded<float>(problem.features)), tokens_(problem.tree.tokens) {
-    lay_out();
-    memory_ = (char*)::operator new(used_, std::align_val_t{64});
-    std::memset(memory_, 0, used_);  // above all the padding of rows, and of blocks
-    lay_out();
+    memory_.allocate([&] { lay_out(); });
   }
-
-  ~Worker() { ::operator delete(memory_, std::align_val_t{64}); }
-  Worker(const Worker&) = delete;
 
   void run(int64_t task) {
     read(task / p_.heads, task % p_.heads);
@@ -98,8 +93,7 @@ class Worker {
       for (int64_t l = 0; l < block; l++) weights_.row(l)[0] = i + l < split, weights_.row(l)[1] = i + l >= split;
     });
     for (int64_t iteration = 0; iteration < p_.iterations; iteration++) {
-      for (int64_t d = 0; d < width_; d += L)
-        store(difference_ + d, load(centroids_[0] + d) - load(centroids_[1] + d));
+      for (int64_t d = 0; d < width_; d += L) store(difference_ + d, load(centroids_[0] + d) - load(centroids_[1] + d));
       sum(node, count, [&](int64_t i, int64_t block) { weigh(node.from(i), block); });
     }
   }
@@ -153,16 +147,18 @@ class Worker {
   void sort(const Tokens& node, int64_t count) {
     for (int64_t i = 0; i < count; i += L) {
       int64_t block = least(L, count - i);
-      Vec<float> scale = load(node.inverse_norms + i), ratios =
-          (similarities(node.rows.at(i, 0), centroids_[0]) * scale + 1) /
-          (similarities(node.rows.at(i, 0), centroids_[1]) * scale + 1);
+      Vec<float> scale = load(node.inverse_norms + i),
+                 ratios = (similarities(node.rows.at(i, 0), centroids_[0]) * scale + 1) /
+                          (similarities(node.rows.at(i, 0), centroids_[1]) * scale + 1);
       for (int64_t l = 0; l < block; l++) entries_[i + l] = {sort_key(ratios[l]), uint32_t(i + l)};
     }
     sort_by_key(count);
     for (int64_t i = 1; i < count; i++) {  // ties, few or in order already: by insertion
       Entry entry = entries_[i];
       int64_t j = i;
-      for (; j > 0 && entries_[j - 1].key == entry.key && node.indices[entries_[j - 1].place] > node.indices[entry.place]; j--)
+      for (;
+           j > 0 && entries_[j - 1].key == entry.key && node.indices[entries_[j - 1].place] > node.indices[entry.place];
+           j--)
         entries_[j] = entries_[j - 1];
       entries_[j] = entry;
     }
@@ -181,33 +177,23 @@ class Worker {
     }
   }
 
-  // Sets the addresses of everything behind memory_, and used_.
   void lay_out() {
-    used_ = 0;
     for (Tokens* tokens : {&here_, &there_}) {
-      tokens->rows = {take<float>((tokens_ + L) * width_), width_};
-      tokens->inverse_norms = take<float>(tokens_ + L);
-      tokens->indices = take<int32_t>(tokens_);
+      tokens->rows = memory_.take<float>(tokens_ + L, width_);
+      tokens->inverse_norms = memory_.take<float>(tokens_ + L);
+      tokens->indices = memory_.take<int32_t>(tokens_);
     }
-    entries_ = take<Entry>(tokens_), other_ = take<Entry>(tokens_);
-    weights_ = {take<float>(2 * (BLOCK + L)), 2};
-    partial_ = {take<float>(2 * width_), width_};
-    sums_ = take<double>(2 * width_);
-    for (float*& vector : centroids_) vector = take<float>(width_);
-    difference_ = take<float>(width_);
-  }
-
-  template <class U>
-  U* take(int64_t count) {
-    U* data = (U*)(memory_ + used_);
-    used_ += ceil_div(count * sizeof(U), 64) * 64;
-    return data;
+    entries_ = memory_.take<Entry>(tokens_), other_ = memory_.take<Entry>(tokens_);
+    weights_ = memory_.take<float>(BLOCK + L, 2);
+    partial_ = memory_.take<float>(2, width_);
+    sums_ = memory_.take<double>(2 * width_);
+    for (float*& vector : centroids_) vector = memory_.take<float>(width_);
+    difference_ = memory_.take<float>(width_);
   }
 
   const BalancedClusters& p_;
   int64_t width_, tokens_;  // features, padded; N
-  char* memory_ = nullptr;
-  int64_t used_ = 0;  // bytes
+  Workspace memory_;        // above all, the padding of rows is zero
   Tokens here_{}, there_{};
   Entry *entries_, *other_;
   Matrix<float> weights_, partial_;  // [tokens of a block, 2], [2, width_]
@@ -224,8 +210,6 @@ void run(const BalancedClusters& problem, int64_t begin, int64_t end) {
 
 }  // namespace
 
-BalancedClustersKernels balanced_clusters_kernels() {
-  return {{run<float>, nullptr, run<Half>, run<BFloat16>}};
-}
+BalancedClustersKernels balanced_clusters_kernels() { return {{run<float>, nullptr, run<Half>, run<BFloat16>}}; }
 
 }  // namespace vitkernels::VITKERNELS_LEVEL

@@ -22,7 +22,8 @@ const ClusterAttentionKernels& kernels() {
 ClusterAttention describe(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& order, int64_t leaf_size,
                           int64_t overlap, double scale) {
   int64_t tokens = q.size(1), heads = q.size(2);
-  STD_TORCH_CHECK(q.dim() == 4 && tokens >= 1 && leaf_size >= 1, "expected [B, N, heads, head_dim] of N >= 1, leaf_size >= 1");
+  STD_TORCH_CHECK(q.dim() == 4 && tokens >= 1 && leaf_size >= 1,
+                  "expected [B, N, heads, head_dim] of N >= 1, leaf_size >= 1");
   STD_TORCH_CHECK(order.scalar_type() == ScalarType::Int && order.dim() == 3 && order.size(0) == q.size(0) &&
                       order.size(1) == heads && order.size(2) == tokens && (order.stride(2) == 1 || tokens == 1),
                   "order must be int32 [B, heads, N] with unit stride in N");

@@ -3,10 +3,10 @@
 #include "cluster_attention.h"
 
 #include <initializer_list>
-#include <new>
 #include <utility>
 
 #include "attention.h"
+#include "workspace.h"
 
 namespace vitkernels::VITKERNELS_LEVEL {
 namespace {
@@ -53,14 +53,8 @@ template <class S, class T = Accumulation<S>>
 class Worker {
  public:
   Worker(const ClusterAttention& problem, bool backward) : p_(problem), width_(padded<T>(problem.head_dim)) {
-    lay_out(backward);
-    memory_ = (char*)::operator new(used_, std::align_val_t{64});
-    std::memset(memory_, 0, used_);  // above all the padding of head_dim
-    lay_out(backward);
+    memory_.allocate([&] { lay_out(backward); });
   }
-
-  ~Worker() { ::operator delete(memory_, std::align_val_t{64}); }
-  Worker(const Worker&) = delete;
 
   template <bool BACKWARD>
   void run(int64_t begin, int64_t end) {
@@ -126,9 +120,7 @@ class Worker {
     };
   }
 
-  // Sets the addresses of everything behind memory_, and used_.
   void lay_out(bool backward) {
-    used_ = 0;
     const Tree& tree = p_.tree;
     int64_t leaf = (tree.tokens + tree.leaves() - 1) >> tree.levels;  // the largest
     int64_t tokens = tree.levels ? 2 * leaf : leaf, keys = padded<T>(tree.levels ? leaf + p_.overlap : leaf);
@@ -138,19 +130,15 @@ class Worker {
     for (auto* matrix : {&b_.q, &b_.k, &b_.v, &b_.out}) *matrix = take(rows, width_);
     b_.k_transposed = take(width_, columns);
     b_.scores = take(block_, keys);
-    starts_ = take(1, keys).data;
-    for (auto* pair : {&here_, &next_}) pair->tokens = (int64_t*)take(2, rows).data;
+    starts_ = memory_.take<T>(keys);
+    for (auto* pair : {&here_, &next_}) pair->tokens = memory_.take<int64_t>(rows);
     if (!backward) return;
     for (auto* matrix : {&b_.dout, &b_.dk, &b_.dv}) *matrix = take(rows, width_);
     b_.v_transposed = take(width_, columns);
     b_.dscores = take(block_, keys);
   }
 
-  Matrix<T> take(int64_t rows, int64_t stride) {
-    T* data = (T*)(memory_ + used_);
-    used_ += ceil_div(rows * stride * sizeof(T), 64) * 64;
-    return {data, stride};
-  }
+  Matrix<T> take(int64_t rows, int64_t stride) { return memory_.take<T>(rows, stride); }
 
   void locate(Pair& pair, int64_t task) const {
     const Tree& tree = p_.tree;
@@ -184,8 +172,7 @@ class Worker {
 
   const ClusterAttention& p_;
   int64_t width_, block_ = 0;  // head_dim, padded; rows of scores held
-  char* memory_ = nullptr;
-  int64_t used_ = 0;  // bytes
+  Workspace memory_;           // above all, the padding of head_dim is zero
   Pair here_{}, next_{};
   Buffers<T> b_{};
   T* starts_ = nullptr;

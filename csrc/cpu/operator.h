@@ -24,11 +24,16 @@ using torch::stable::Tensor;
 
 inline Element element_of(const Tensor& x) {
   switch (x.scalar_type()) {
-    case ScalarType::Float: return Element::FLOAT;
-    case ScalarType::Double: return Element::DOUBLE;
-    case ScalarType::Half: return Element::HALF;
-    case ScalarType::BFloat16: return Element::BFLOAT16;
-    default: STD_TORCH_CHECK(false, "expected float32, float64, float16 or bfloat16");
+    case ScalarType::Float:
+      return Element::FLOAT;
+    case ScalarType::Double:
+      return Element::DOUBLE;
+    case ScalarType::Half:
+      return Element::HALF;
+    case ScalarType::BFloat16:
+      return Element::BFLOAT16;
+    default:
+      STD_TORCH_CHECK(false, "expected float32, float64, float16 or bfloat16");
   }
 }
 
@@ -37,7 +42,8 @@ inline View view_of(const Tensor& x) {
   int64_t last = x.dim() - 1;
   STD_TORCH_CHECK((last == 3 || last == 4) && (x.stride(last) == 1 || x.size(last) <= 1),
                   "expected [B, H, W, heads, head_dim] or [B, N, heads, head_dim] with unit stride in head_dim");
-  return {static_cast<char*>(x.data_ptr()), x.stride(0), last == 4 ? x.stride(1) : 0, x.stride(last - 2), x.stride(last - 1)};
+  return {static_cast<char*>(x.data_ptr()), x.stride(0), last == 4 ? x.stride(1) : 0, x.stride(last - 2),
+          x.stride(last - 1)};
 }
 
 // Third `part` (0, 1, 2 for q, k, v) of a contiguous [..., 3, heads, head_dim].

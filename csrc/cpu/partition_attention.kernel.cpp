@@ -3,10 +3,10 @@
 #include "partition_attention.h"
 
 #include <initializer_list>
-#include <new>
 #include <utility>
 
 #include "attention.h"
+#include "workspace.h"
 
 namespace vitkernels::VITKERNELS_LEVEL {
 namespace {
@@ -74,14 +74,8 @@ class Worker {
  public:
   Worker(const PartitionAttention& problem, bool backward)
       : p_(problem), full_(problem.map.y.group * problem.map.x.group), width_(padded<T>(problem.head_dim)) {
-    lay_out(backward);
-    memory_ = (char*)::operator new(used_, std::align_val_t{64});
-    std::memset(memory_, 0, used_);  // above all the padding of head_dim
-    lay_out(backward);
+    memory_.allocate([&] { lay_out(backward); });
   }
-
-  ~Worker() { ::operator delete(memory_, std::align_val_t{64}); }
-  Worker(const Worker&) = delete;
 
   // One share of the work; dbias as in partition_attention.h.
   template <bool BACKWARD>
@@ -139,9 +133,7 @@ class Worker {
     std::memset(of_head(dspread_, head).data, 0, full_ * dspread_.stride * sizeof(T));
   }
 
-  // Sets the addresses of everything behind memory_, and used_.
   void lay_out(bool backward) {
-    used_ = 0;
     int64_t keys = padded<T>(full_), spread = full_ * keys <= SPREAD ? Division::HEADS * full_ : 0;
     block_ = backward ? least(full_, SCORES / keys + STEP) : least(full_, STEP);
     for (auto* rows : {&b_.q, &b_.k, &b_.v, &b_.out}) *rows = take(keys, width_);
@@ -155,18 +147,14 @@ class Worker {
       dspread_ = take(p_.bias ? spread : 0, keys);
     }
     for (auto& apart : apart_) apart = take(1, keys).data;
-    sides_ = (uint8_t*)take(1, keys).data;
+    sides_ = memory_.take<uint8_t>(keys);
     for (auto* site : {&here_, &next_}) {
-      site->ys = (int64_t*)take(2, p_.map.y.group).data;
-      site->xs = (int64_t*)take(2, p_.map.x.group).data;
+      site->ys = memory_.take<int64_t>(p_.map.y.group);
+      site->xs = memory_.take<int64_t>(p_.map.x.group);
     }
   }
 
-  Matrix<T> take(int64_t rows, int64_t stride) {
-    T* data = (T*)(memory_ + used_);
-    used_ += ceil_div(rows * stride * sizeof(T), 64) * 64;
-    return {rows ? data : nullptr, stride};
-  }
+  Matrix<T> take(int64_t rows, int64_t stride) { return memory_.take<T>(rows, stride); }
 
   void locate(Site& site, int64_t group, int64_t head) const {
     const Axis &y = p_.map.y, &x = p_.map.x;
@@ -258,8 +246,7 @@ class Worker {
   const PartitionAttention& p_;
   int64_t first_head_ = 0;            // of the share
   int64_t full_, width_, block_ = 0;  // tokens of a full group; head_dim, padded; rows of scores held
-  char* memory_ = nullptr;
-  int64_t used_ = 0;  // bytes
+  Workspace memory_;                  // above all, the padding of head_dim is zero
   Site here_{}, next_{};
   Buffers<T> b_{};
   Matrix<T> spread_, dspread_{};

@@ -2,9 +2,9 @@
 #include "position_bias.h"
 
 #include <cmath>
-#include <new>
 
 #include "attention.h"
+#include "workspace.h"
 
 namespace vitkernels::VITKERNELS_LEVEL {
 namespace {
@@ -26,17 +26,9 @@ template <class T>
 class Worker {
  public:
   Worker(const PositionBias& problem, bool backward) : p_(problem), width_(padded<T>(problem.hidden)) {
-    for (int pass = 0; pass < 2; pass++) {  // first the size, then the addresses
-      used_ = 0;
-      allocate(backward);
-      if (pass == 0) memory_ = (char*)::operator new(used_, std::align_val_t{64});
-    }
-    std::memset(memory_, 0, used_);
+    memory_.allocate([&] { lay_out(backward); });
     load_parameters();
   }
-
-  ~Worker() { ::operator delete(memory_, std::align_val_t{64}); }
-  Worker(const Worker&) = delete;
 
   void forward(int64_t begin, int64_t rows, T* table) {
     project(begin, rows);
@@ -68,15 +60,10 @@ class Worker {
   }
 
  private:
-  Matrix<T> take(int64_t rows, int64_t columns) {
-    T* data = (T*)(memory_ + used_);
-    used_ += (rows * padded<T>(columns) * int64_t(sizeof(T)) + 63) / 64 * 64;
-    return {data, padded<T>(columns)};
-  }
-
+  Matrix<T> take(int64_t rows, int64_t columns) { return memory_.take<T>(rows, padded<T>(columns)); }
   T* take(int64_t size) { return take(1, size).data; }
 
-  void allocate(bool backward) {
+  void lay_out(bool backward) {
     int64_t p = p_.hidden;
     for (T** row : {&project_y_, &project_x_, &project_bias_, &inside_}) *row = take(p);
     for (Layer<T>& layer : layers_) {
@@ -109,7 +96,8 @@ class Worker {
       int first = 2 + 4 * l;
       std::memcpy(layer.norm_weight, parameter(first), p * sizeof(T));
       std::memcpy(layer.norm_bias, parameter(first + 1), p * sizeof(T));
-      for (int64_t i = 0; i < layer.out; i++) std::memcpy(layer.weight.row(i), parameter(first + 2) + i * p, p * sizeof(T));
+      for (int64_t i = 0; i < layer.out; i++)
+        std::memcpy(layer.weight.row(i), parameter(first + 2) + i * p, p * sizeof(T));
       std::memcpy(layer.bias, parameter(first + 3), layer.out * sizeof(T));
       transpose_into<T>(layer.transposed, layer.weight, layer.out, p);
     }
@@ -223,8 +211,7 @@ class Worker {
 
   const PositionBias& p_;
   int64_t width_;  // p, padded
-  char* memory_ = nullptr;
-  int64_t used_;
+  Workspace memory_;
   T *project_y_, *project_x_, *project_bias_, *dproject_y_, *dproject_x_, *dproject_bias_;
   T* inside_;  // 1 for each of the p values, 0 for the padding
   Layer<T> layers_[3];
