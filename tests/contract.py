@@ -10,6 +10,8 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from vitkernels.tree import Tree
+
 
 def outputs_and_gradients(function: Callable, inputs: Sequence[Tensor], cotangent: Tensor) -> list[Tensor]:
     """function(*inputs) and the gradient of every input for an output gradient of ``cotangent``."""
@@ -60,3 +62,10 @@ def assert_contract(
 
 def _largest(x: Tensor) -> float:
     return x.abs().max().item() if x.numel() else 0.0
+
+
+def leaf_of(order: Tensor, leaf_size: int) -> Tensor:
+    """The leaf of every token: ``[B, heads, N]`` from an order."""
+    tree = Tree.of(order.shape[2], leaf_size)
+    leaf = torch.bucketize(torch.arange(tree.tokens), tree.bounds(tree.levels)[1:], right=True).expand(order.shape)
+    return torch.empty_like(leaf).scatter_(2, order.cpu().long(), leaf)

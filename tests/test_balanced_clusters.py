@@ -8,9 +8,11 @@ import sys
 
 import pytest
 import torch
+from contract import leaf_of
 
 import vitkernels
 from vitkernels import balanced_clusters
+from vitkernels.cluster_attention.clusters import _refusal
 from vitkernels.cluster_attention.reference import balanced_clusters as reference
 from vitkernels.tree import Tree
 
@@ -30,13 +32,6 @@ SIZES = [1, 2, 3, 6, 7, 13, 14, 15, 48, 49, 97, 98, 99, 100, 195, 196, 197, 391,
 
 def device_of(backend: str) -> str:
     return "cuda" if backend == "cuda" else "cpu"
-
-
-def leaf_of(order: torch.Tensor, leaf_size: int) -> torch.Tensor:
-    """The leaf of every token: ``[B, heads, N]`` from an order."""
-    tree = Tree.of(order.shape[2], leaf_size)
-    leaf = torch.bucketize(torch.arange(tree.tokens), tree.bounds(tree.levels)[1:], right=True).expand(order.shape)
-    return torch.empty_like(leaf).scatter_(2, order.cpu().long(), leaf)
 
 
 def smooth_features(batch: int, side: int, heads: int, dim: int) -> torch.Tensor:  # [B, N, heads, D]
@@ -273,6 +268,8 @@ def test_cuda_tensors_without_the_cuda_library_take_the_slow_way(monkeypatch):
     monkeypatch.setattr(native, "cuda", native.Library(object(), ""))
     assert vitkernels._dispatch.select("balanced_clusters", device, None, gpu="cuda") == "cuda"
     assert vitkernels._dispatch.select("cluster_attention", device, None) == "triton"
+    for shape, why in (((1, 32769, 1, 8), "32769 tokens > 32768"), ((1, 8, 1, 513), "513 features > 512")):
+        assert _refusal("cuda", torch.empty(shape)) == why
 
 
 # bad input

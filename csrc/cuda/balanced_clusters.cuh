@@ -7,65 +7,18 @@
 // warp is a team of its own. Every sum has a fixed order.
 #pragma once
 
-#include <cstddef>
-#include <cstdint>
-
-#include "tree.h"
+#include "balanced_clusters.h"
 
 namespace vitkernels {
 
-constexpr int LANES = 32;
 constexpr unsigned ALL = 0xffffffff;
-constexpr int CHUNK = 8;              // features that a lane loads together; their number is a multiple of it
-constexpr int CHUNKS = 2;             // that a lane has of a token: more would spill
-constexpr int MAX_WARPS = 16;
-constexpr int MAX_FEATURES = LANES * CHUNKS * CHUNK;
-constexpr int MAX_TOKENS = 1 << 15;   // an index and a flag share 16 bits
-constexpr uint32_t SECOND = 1 << 15;  // the flag: the token is in its node's second half
+constexpr uint32_t SECOND = 1 << 15;  // of an order's entry: the token is in its node's second half
 constexpr uint32_t RIGHT = 1 << 16;   // the token moves to its node's right child
-
-struct Problem {
-  const void* x;  // [B, N, heads, features], 16-byte aligned rows, of the given strides
-  int64_t stride_b, stride_n, stride_h;
-  int32_t* out;         // [B, heads, N]
-  uint32_t* workspace;  // [B * heads, words_of_order(N)], or null where these words are in shared memory
-  int64_t heads;
-  Tree tree;
-  int features, iterations;
-  float sharpness;  // log2(e) / temperature
-};
 
 // Places of one node, or of a warp's share of it.
 struct Span {
   int first, last;
 };
-
-// An edge stands between the `target` lowest tokens of a node and the others. Its key is in [low, low + range], with
-// `before` tokens below low; in the end range is 0, and the first target - before tokens of key low are before it.
-struct Edge {
-  uint32_t low, range;
-  int before, target;
-};
-
-// What a warp tells its team; the edges are those of a team's first warp.
-struct Notes {
-  uint32_t lowest, highest;  // key
-  int equal[3];              // tokens whose key is an edge's
-  int left;                  // tokens of the left child
-  Edge edges[3];
-};
-
-// Words of a key and of an order's entry for each token.
-VITKERNELS_INLINE int64_t words_of_order(int64_t tokens) { return tokens + (tokens + 1) / 2; }
-
-// Words of a warp's scratch: sums and centroids, [2, 2, features]; later histograms of 32 bins for each edge.
-VITKERNELS_INLINE int words_of_scratch(int features) { return 4 * features > 3 * LANES ? 4 * features : 3 * LANES; }
-
-// A block's shared memory: scratch and notes of every warp, then, where they fit, the order and the features.
-VITKERNELS_INLINE size_t bytes_of_warps(int warps, int features) {
-  return warps * (words_of_scratch(features) * sizeof(float) + (sizeof(Notes) + 15) / 16 * 16);
-}
-VITKERNELS_INLINE size_t bytes_of_order(int64_t tokens) { return (words_of_order(tokens) * 4 + 15) / 16 * 16; }
 
 extern __shared__ uint4 shared_memory[];
 
@@ -111,8 +64,7 @@ __device__ __forceinline__ float2 Chunk<__nv_bfloat16>::pair(int i) const {
 }
 template <>
 __device__ __forceinline__ float2 Chunk<__half>::pair(int i) const {
-  uint32_t two = word(i);
-  return __half22float2(reinterpret_cast<const __half2&>(two));
+  return {__half2float(__ushort_as_half(word(i) & 0xffff)), __half2float(__ushort_as_half(word(i) >> 16))};
 }
 
 // Unsigned integers in the order of the floats: -0 is +0, and every NaN is the same, above all, below 2^32 - 1.
@@ -147,18 +99,19 @@ struct Clustering {
   static constexpr int F = CHUNKS * CHUNK;
 
   const Problem& problem;
-  const T* rows;    // the features of token t are at t * stride
-  int64_t stride;
+  const T* rows;    // features of token 0
   uint32_t* value;  // [N] by place: one over the norm, then the ratio's key, then the entry and its quarter
   uint16_t* order;  // [N] by place: token and SECOND
-  int32_t* out;     // [N]
-  float* scratch;   // of the block's first warp
-  Notes* notes;     // of the block's first warp
   int warp, lane;
-  int slices, slice;  // lanes of a token; which of them this is
-  int tokens, token;  // of the warp at once; which of them is this lane's
+  int shift;  // 2^shift lanes have a token
 
-  __device__ float* sums(int of_warp) const { return scratch + of_warp * words_of_scratch(problem.features); }
+  __device__ int slices() const { return 1 << shift; }
+  __device__ int slice() const { return lane & (slices() - 1); }
+
+  __device__ Notes& notes(int of_warp) const { return reinterpret_cast<Notes*>(shared_memory)[of_warp]; }
+  __device__ float* sums(int of_warp) const {
+    return reinterpret_cast<float*>(&notes(MAX_WARPS)) + of_warp * words_of_scratch(problem.features);
+  }
   __device__ float* centroids(Team team) const { return sums(team.first) + 2 * problem.features; }
   __device__ unsigned earlier_lanes() const { return (1u << lane) - 1; }
 
@@ -167,7 +120,7 @@ struct Clustering {
   __device__ void load(const S* row, float (&x)[F]) const {
 #pragma unroll
     for (int k = 0; k < CHUNKS; k++) {
-      int feature = (slice + slices * k) * CHUNK;
+      int feature = (slice() + slices() * k) * CHUNK;
       Chunk<S> chunk;
       if (feature < problem.features) chunk.load(row + feature);
 #pragma unroll
@@ -180,7 +133,7 @@ struct Clustering {
 
   __device__ const T* row(int token) const {
     if (RESIDENT) return rows + token * problem.features;
-    return rows + token * stride;
+    return rows + token * problem.stride_n;
   }
 
   __device__ float dot(const float (&a)[F], const float (&b)[F]) const {
@@ -194,31 +147,30 @@ struct Clustering {
   __device__ float total(float x) const {
 #pragma unroll
     for (int mask = 1; mask < LANES; mask *= 2) {
-      if (mask >= slices) break;
+      if (mask >= slices()) break;
       x += __shfl_xor_sync(ALL, x, mask);
     }
     return x;
   }
 
-  // Sums of the share's features: INITIAL, of the node's halves; then under the softmax of the similarities.
-  template <bool INITIAL>
-  __device__ void accumulate(Team team, Span share) {
-    float x[F], axis[F], sum[2 * F] = {};
-    if (!INITIAL) {
+  // Sums of the share's features: at first of the node's halves, then under the softmax of the similarities.
+  __device__ void accumulate(Team team, Span share, bool initial) {
+    float x[F], axis[F] = {}, sum[2 * F] = {};
+    if (!initial) {
       load(centroids(team), axis);
       load(centroids(team) + problem.features, x);
 #pragma unroll
       for (int i = 0; i < F; i++) axis[i] -= x[i];
     }
-    for (int base = share.first; base < share.last; base += tokens) {
-      bool inside = base + token < share.last;
-      int place = inside ? base + token : share.first;
+    for (int base = share.first; base < share.last; base += LANES >> shift) {
+      bool inside = base + (lane >> shift) < share.last;
+      int place = inside ? base + (lane >> shift) : share.first;
       uint32_t entry = order[place];
       load(row(entry & ~SECOND), x);
       float first, second;  // weights
-      if (INITIAL) {
+      if (initial) {
         float inverse = 1 / no_less(sqrtf(total(dot(x, x))), 1e-12f);
-        if (inside && slice == 0) value[place] = __float_as_uint(inverse);
+        if (inside && slice() == 0) value[place] = __float_as_uint(inverse);
         first = entry & SECOND ? 0 : 1, second = entry & SECOND ? 1 : 0;
       } else {
         float logit = total(dot(x, axis)) * __uint_as_float(value[place]) * problem.sharpness;
@@ -230,12 +182,12 @@ struct Clustering {
       for (int i = 0; i < F; i++) sum[i] += first * x[i], sum[F + i] += second * x[i];
     }
     int from = 0, count;
-    fold<2 * F, LANES / 2>(sum, lane, slices, from, count);
+    fold<2 * F, LANES / 2>(sum, lane, slices(), from, count);
 #pragma unroll
     for (int i = 0; i < 2 * F; i++) {
       if (i >= count) break;
       int centroid = (from + i) / F, k = (from + i) % F / CHUNK;
-      int feature = (slice + slices * k) * CHUNK + (from + i) % CHUNK;
+      int feature = (slice() + slices() * k) * CHUNK + (from + i) % CHUNK;
       if (feature < problem.features) sums(warp)[centroid * problem.features + feature] = sum[i];
     }
   }
@@ -265,19 +217,19 @@ struct Clustering {
     load(centroids(team), c0);
     load(centroids(team) + problem.features, c1);
     uint32_t lowest = ~0u, highest = 0;
-    for (int base = share.first; base < share.last; base += tokens) {
-      bool inside = base + token < share.last;
-      int place = inside ? base + token : share.first;
+    for (int base = share.first; base < share.last; base += LANES >> shift) {
+      bool inside = base + (lane >> shift) < share.last;
+      int place = inside ? base + (lane >> shift) : share.first;
       load(row(order[place] & ~SECOND), x);
       float inverse = __uint_as_float(value[place]);
       float near0 = total(dot(x, c0) * inverse) + 1, near1 = total(dot(x, c1) * inverse) + 1;
       uint32_t key = key_of(near0 / near1);
       if (!inside) continue;
-      if (slice == 0) value[place] = key;
+      if (slice() == 0) value[place] = key;
       lowest = min(lowest, key), highest = max(highest, key);
     }
     lowest = __reduce_min_sync(ALL, lowest), highest = __reduce_max_sync(ALL, highest);
-    if (lane == 0) notes[warp].lowest = lowest, notes[warp].highest = highest;
+    if (lane == 0) notes(warp).lowest = lowest, notes(warp).highest = highest;
     team.sync();
   }
 
@@ -285,7 +237,7 @@ struct Clustering {
   __device__ Edge widest(Team team, int target) const {
     uint32_t lowest = ~0u, highest = 0;
     for (int w = team.first; w < team.first + team.warps; w++)
-      lowest = min(lowest, notes[w].lowest), highest = max(highest, notes[w].highest);
+      lowest = min(lowest, notes(w).lowest), highest = max(highest, notes(w).highest);
     return {lowest, highest - lowest, 0, target};
   }
 
@@ -315,8 +267,8 @@ struct Clustering {
   }
 
   // Finds the three edges between a node's quarters.
-  __device__ void find_edges(Team team, Span node, Span share, int level, int64_t j) {
-    Edge* edges = notes[team.first].edges;
+  __device__ void find_edges(Team team, Span node, Span share, int level, int j) {
+    Edge* edges = notes(team.first).edges;
     uint32_t* histogram = reinterpret_cast<uint32_t*>(sums(team.first));  // [3, bins]
     int bins = LANES * team.warps;
     for (int e = team.rank; e < 3; e += team.warps) {
@@ -326,9 +278,10 @@ struct Clustering {
     do {
       for (int e = 0; e < 3; e++) histogram[e * bins + LANES * team.rank + lane] = 0;
       team.sync();
+      const Edge now[3] = {edges[0], edges[1], edges[2]};
       for (int place = share.first + lane; place < share.last; place += LANES)
         for (int e = 0; e < 3; e++) {
-          uint32_t offset = value[place] - edges[e].low, range = edges[e].range;
+          uint32_t offset = value[place] - now[e].low, range = now[e].range;
           if (offset <= range) atomicAdd(histogram + e * bins + (offset >> shift_of(range, bins)), 1u);
         }
       team.sync();
@@ -344,7 +297,8 @@ struct Clustering {
 
   // Moves the tokens of a node to its children, each in ascending order of token indices, the halves flagged.
   __device__ void split(Team team, Span node, Span share, int middle) {
-    const Edge* edges = notes[team.first].edges;
+    const Edge* in_notes = notes(team.first).edges;
+    const Edge edges[3] = {in_notes[0], in_notes[1], in_notes[2]};
     int equal[3] = {}, left = 0;
     for (int base = share.first; base < share.last; base += LANES)
       for (int e = 0; e < 3; e++) {
@@ -352,13 +306,13 @@ struct Clustering {
         equal[e] += __popc(__ballot_sync(ALL, inside && value[base + lane] == edges[e].low));
       }
     if (lane == 0)
-      for (int e = 0; e < 3; e++) notes[warp].equal[e] = equal[e];
+      for (int e = 0; e < 3; e++) notes(warp).equal[e] = equal[e];
     team.sync();
 
     int allowed[3];  // tokens of the edge's key, from this share's first on, that are before the edge
     for (int e = 0; e < 3; e++) {
       allowed[e] = edges[e].target - edges[e].before;
-      for (int w = team.first; w < warp; w++) allowed[e] -= notes[w].equal[e];
+      for (int w = team.first; w < warp; w++) allowed[e] -= notes(w).equal[e];
     }
     for (int base = share.first; base < share.last; base += LANES) {
       int place = base + lane, quarter = 0;
@@ -373,11 +327,11 @@ struct Clustering {
       if (inside) value[place] = (order[place] & ~SECOND) | (quarter & 1 ? SECOND : 0) | (quarter & 2 ? RIGHT : 0);
       left += __popc(__ballot_sync(ALL, inside && quarter < 2));
     }
-    if (lane == 0) notes[warp].left = left;
+    if (lane == 0) notes(warp).left = left;
     team.sync();
 
     int next_left = node.first;
-    for (int w = team.first; w < warp; w++) next_left += notes[w].left;
+    for (int w = team.first; w < warp; w++) next_left += notes(w).left;
     int next_right = middle + share.first - next_left;
     for (int base = share.first; base < share.last; base += LANES) {
       bool inside = base + lane < share.last;
@@ -394,6 +348,7 @@ struct Clustering {
   __device__ void write_sorted(Team team, Span node) {
     constexpr int RANKED = 4;
     const uint32_t* keys = value + node.first;
+    int32_t* out = problem.out + blockIdx.x * problem.tree.tokens;
     int size = node.last - node.first;
     for (int base = team.rank * RANKED * LANES; base < size; base += team.warps * RANKED * LANES) {
       uint32_t key[RANKED];
@@ -421,13 +376,11 @@ struct Clustering {
   }
 
   // Halves node j of a level, or sorts it if its halves are leaves.
-  __device__ void halve(Team team, int level, int64_t j) {
+  __device__ void halve(Team team, int level, int j) {
     const Tree& tree = problem.tree;
     Span node = {int(tree.first(level, j)), int(tree.first(level, j + 1))}, share = team.share(node);
-    accumulate<true>(team, share);
-    normalize(team, node.last - node.first);
-    for (int i = 0; i < problem.iterations; i++) {
-      accumulate<false>(team, share);
+    for (int i = 0; i <= problem.iterations; i++) {
+      accumulate(team, share, i == 0);
       normalize(team, node.last - node.first);
     }
     score(team, share);
@@ -439,7 +392,7 @@ struct Clustering {
   // All levels. The warps of a team share the nodes that its split leaves.
   __device__ void run(int warps) {
     for (int level = 0; level < problem.tree.levels; level++) {
-      int teams = level < 5 ? min(1 << level, warps) : warps, size = warps / teams, nodes = (1 << level) / teams;
+      int teams = min(1 << level, warps), size = warps / teams, nodes = (1 << level) / teams;
       Team team = {warp / size * size, size, warp % size};
       for (int j = warp / size * nodes, end = j + nodes; j < end; j++) halve(team, level, j);
     }
@@ -450,11 +403,13 @@ struct Clustering {
 template <class T, bool RESIDENT>
 __global__ void __launch_bounds__(LANES* MAX_WARPS) balanced_clusters_kernel(Problem problem) {
   int tokens = problem.tree.tokens, thread = threadIdx.x, threads = blockDim.x, warps = threads / LANES;
+  if (problem.tree.levels == 0) {
+    for (int t = thread; t < tokens; t += threads) problem.out[blockIdx.x * problem.tree.tokens + t] = t;
+    return;
+  }
   int64_t b = blockIdx.x / problem.heads, h = blockIdx.x % problem.heads;
   const T* x = static_cast<const T*>(problem.x) + b * problem.stride_b + h * problem.stride_h;
 
-  float* scratch = reinterpret_cast<float*>(shared_memory);
-  Notes* notes = reinterpret_cast<Notes*>(scratch + warps * words_of_scratch(problem.features));
   char* rest = reinterpret_cast<char*>(shared_memory) + bytes_of_warps(warps, problem.features);
   uint32_t* value = reinterpret_cast<uint32_t*>(rest);
   if (!RESIDENT && problem.workspace) value = problem.workspace + blockIdx.x * words_of_order(tokens);
@@ -468,19 +423,12 @@ __global__ void __launch_bounds__(LANES* MAX_WARPS) balanced_clusters_kernel(Pro
       resident[i] = reinterpret_cast<const uint4*>(x + i / words * problem.stride_n)[i % words];
     rows = reinterpret_cast<const T*>(resident);
   }
-  int32_t* out = problem.out + blockIdx.x * int64_t(tokens);
-  for (int t = thread; t < tokens; t += threads) {
-    order[t] = t | (t < tokens / 2 ? 0 : SECOND);
-    if (problem.tree.levels == 0) out[t] = t;
-  }
+  for (int t = thread; t < tokens; t += threads) order[t] = t | (t < tokens / 2 ? 0 : SECOND);
   __syncthreads();
 
-  int slices = 1;  // lanes of a token
-  while (slices * CHUNKS * CHUNK < problem.features) slices *= 2;
-  int lane = thread % LANES;
-  Clustering<T, RESIDENT>{problem, rows, problem.stride_n, value, order, out, scratch, notes, thread / LANES,
-                                  lane, slices, lane % slices, LANES / slices, lane / slices}
-      .run(warps);
+  int shift = 0;
+  while (CHUNKS * CHUNK << shift < problem.features) shift++;
+  Clustering<T, RESIDENT>{problem, rows, value, order, thread / LANES, thread % LANES, shift}.run(warps);
 }
 
 }  // namespace vitkernels

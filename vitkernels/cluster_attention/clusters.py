@@ -20,6 +20,18 @@ _dispatch.define(
 )
 
 
+_MOST_TOKENS, _MOST_FEATURES = 32768, 512  # of the CUDA kernel
+
+
+def _refusal(backend: str, x: Tensor) -> str | None:
+    """Why ``backend`` cannot run this call, or None."""
+    if backend == "cuda" and x.shape[1] > _MOST_TOKENS:
+        return f"{x.shape[1]} tokens > {_MOST_TOKENS}"
+    if backend == "cuda" and x.shape[3] > _MOST_FEATURES:
+        return f"{x.shape[3]} features > {_MOST_FEATURES}"
+    return None
+
+
 def balanced_clusters(
     x: Tensor,  # [B, N, heads, D]
     *,
@@ -48,8 +60,9 @@ def balanced_clusters(
         leaf_size: tokens that a leaf has at least (at most twice as many; N where N is less).
         iterations: of the centroids, at every level.
         temperature: of the softmax, above 0.
-        backend: "cuda" (the CUDA library), "cpu" or "reference"; None chooses by device. A backend that is asked for
-            runs or refuses; CUDA tensors run "reference", slowly, where the CUDA library is not built.
+        backend: "cuda" (the CUDA library; at most 32,768 tokens and 512 features), "cpu" or "reference"; None chooses
+            by device. A backend that is asked for runs or refuses; CUDA tensors run "reference", slowly, where the
+            CUDA library is not built.
 
     Returns:
         ``[B, heads, N]`` int32: the index of the token at each place. No gradient.
@@ -71,7 +84,7 @@ def balanced_clusters(
         raise ValueError(
             f"x must have at least one token and one feature, got [B, N, heads, D] = {_checks.shape_of(x)}"
         )
-    backend = _dispatch.select("balanced_clusters", x.device, backend, gpu="cuda")
+    backend = _dispatch.select("balanced_clusters", x.device, backend, lambda b: _refusal(b, x), gpu="cuda")
     x = x.detach()
     if backend == "reference":
         with torch.autocast(x.device.type, enabled=False):
