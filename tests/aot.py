@@ -103,10 +103,35 @@ def attention(case: Case) -> Callable[[], object]:
     return call
 
 
+class Leaves(NamedTuple):
+    """A packed projection of three heads, in leaves of a tree."""
+
+    tokens: int
+    overlap: int
+    head_dim: int
+    dtype: str
+
+
+def clusters(case: Leaves) -> Callable[[], object]:
+    """A forward and a backward of cluster attention."""
+    from vitkernels.cluster_attention import kernels
+
+    qkv = torch.empty(2, 64 * case.tokens, 3, 3, case.head_dim, dtype=getattr(torch, case.dtype))
+    order = torch.empty(2, 3, 64 * case.tokens, dtype=torch.int32)
+
+    def call() -> None:
+        q, k, v = qkv.unbind(2)
+        out, statistic = kernels.cluster_attention_forward(q, k, v, order, case.tokens, case.overlap, 0.2, False)
+        kernels.cluster_attention_backward(out, q, k, v, order, statistic, case.tokens, case.overlap, 0.2)
+
+    return call
+
+
 if __name__ == "__main__":
     capability, cases = int(sys.argv[1]), json.loads(sys.argv[2])
     found = {}
     for name, case in cases.items():
-        compiled = compile_launches(attention(Case(*case)), capability)
+        call = clusters(Leaves(*case)) if "leaves" in name else attention(Case(*case))
+        compiled = compile_launches(call, capability)
         found[name] = {kernel.name.strip("_"): resources(kernel) for kernel in compiled}
     print(json.dumps(found))

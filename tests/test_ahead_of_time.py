@@ -24,6 +24,10 @@ EVERYWHERE = {  # as Case of aot.py: group side, head_dim, dtype, shift, whether
     "100 tokens, bf16, 32": (10, 32, "bfloat16"),
     "196 tokens, fp16, 64": (14, 64, "float16"),
     "196 tokens, bf16, 96": (14, 96, "bfloat16"),
+    "leaves of 49, bf16, 32": (49, 20, 32, "bfloat16"),  # as Leaves of aot.py: tokens, overlap, head_dim, dtype
+    "leaves of 49, fp16, 64": (49, 20, 64, "float16"),
+    "leaves of 72, bf16, 32": (72, 20, 32, "bfloat16"),
+    "leaves of 72, fp16, 64": (72, 20, 64, "float16"),
 }
 ON_TWO = {
     "16 tokens, bf16, 32": (4, 32, "bfloat16"),
@@ -36,6 +40,10 @@ ON_TWO = {
     "49 tokens, bf16, 128": (7, 128, "bfloat16"),
     "49 tokens, fp32, 32": (7, 32, "float32"),
     "100 tokens, fp32, 32": (10, 32, "float32"),
+    "leaves of 49, bf16, 96": (49, 20, 96, "bfloat16"),
+    "leaves of 49, fp32, 32": (49, 20, 32, "float32"),
+    "leaves of 64, bf16, 32": (64, 20, 32, "bfloat16"),
+    "leaves of 72, bf16, 96": (72, 20, 96, "bfloat16"),
 }
 
 
@@ -68,3 +76,6 @@ def test_budgets(capability):
         assert forward["warps"] == 4 and forward["registers"] <= 128
         assert backward["warps"] == 4 and backward["registers"] <= 168
         assert backward["own"], "without a barrier, every element of the tile must stay with one thread"
+        forward, backward = found["leaves of 49, bf16, 32"].values()
+        assert forward["warps"] == 4 and forward["registers"] <= 96
+        assert backward["warps"] == 4 and backward["registers"] <= 168

@@ -13,6 +13,7 @@ from torch import Tensor
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 LOG2E = tl.constexpr(1.4426950408889634)
+LARGEST_HEAD = 128  # elements
 SHIFT_PENALTY = tl.constexpr(-100.0)  # added to the logit of a pair that only the shift brought together
 
 
@@ -53,6 +54,22 @@ class Tokens(NamedTuple):
     x: tl.tensor
     inside: tl.tensor  # of the map
     wrapped: tl.tensor  # which borders the shift carried the token over: 2 lower + 1 right
+
+
+class Order(NamedTuple):
+    """The order of the tokens of every image and head, ``[B, heads, N]`` int32, and how a tree cuts it."""
+
+    pointer: Tensor
+    batch: int  # stride
+    head: int  # stride
+    tokens: int  # N
+    levels: int
+    overlap: int  # places that a leaf borrows of its sibling
+
+    @classmethod
+    def of(cls, order: Tensor, levels: int, overlap: int) -> Order:
+        strides = (stride if size > 1 else 0 for size, stride in zip(order.shape[:2], order.stride()))
+        return cls(order, *strides, order.shape[2], levels, overlap if levels else 0)
 
 
 class Rows(NamedTuple):
@@ -190,6 +207,22 @@ def _before(border, start, interval, group):
 
 
 @triton.jit
+def node_start(node, order):
+    """The tree map: the first place of a leaf; N beyond the last, so that a single leaf has an empty sibling."""
+    place = tl.cast(node, tl.int64) * order.tokens >> order.levels
+    return tl.cast(tl.minimum(place, order.tokens), tl.int32)
+
+
+@triton.jit
+def tokens_at(order, image, head, first, last, BLOCK: tl.constexpr):
+    """The tokens at places ``first`` to ``last`` - 1 of an order. A value that is no token is not inside."""
+    lane = tl.arange(0, BLOCK)
+    base = order.pointer + tl.cast(image, tl.int64) * order.batch + tl.cast(head, tl.int64) * order.head
+    token = tl.load(base + first + lane, mask=lane < last - first, other=-1)
+    return Tokens(tl.zeros_like(token), token, (token >= 0) & (token < order.tokens), tl.zeros_like(token))
+
+
+@triton.jit
 def _row_starts(rows, image, head, tokens, SPEC: tl.constexpr, part):  # scalar, [N]
     """A 64-bit base ``part`` elements into the tokens' rows, and their offsets, of 32 bits unless WIDE."""
     y, x = tokens.y, tokens.x
@@ -268,6 +301,17 @@ def hide(logits, keys):  # [M, N]
 def exp(logits, base):  # [M, N], [M, 1] or [1, N]
     """exp(logits) / 2**base: one multiply-add and one exp2."""
     return tl.exp2(logits * LOG2E - base)
+
+
+def refusal(head_dim: int, dtype: torch.dtype) -> str | None:
+    """Why the attention kernels cannot run on heads of this size and dtype, or None."""
+    if head_dim > LARGEST_HEAD:
+        return f"head_dim {head_dim} > {LARGEST_HEAD}"
+    if head_dim % 8:
+        return f"head_dim {head_dim} is not a multiple of 8"
+    if dtype == torch.float64 and not INTERPRETED:
+        return "float64 runs in Triton's interpreter only (TRITON_INTERPRET=1)"
+    return None
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:

@@ -22,14 +22,14 @@ VITKERNELS_INLINE uint32_t sort_key(float ratio) {
   return bits >> 31 ? ~bits : bits | 0x80000000;
 }
 
-// Tokens in their current order: rows of features, their inverse norms, their indices.
+// Tokens in their current order: rows of features, their norms, their indices.
 struct Tokens {
   Matrix<float> rows;
-  float* inverse_norms;
+  float* norms;
   int32_t* indices;
 
   VITKERNELS_INLINE Tokens from(int64_t place) const {
-    return {rows.at(place, 0), inverse_norms + place, indices + place};
+    return {rows.at(place, 0), norms + place, indices + place};
   }
 };
 
@@ -59,9 +59,9 @@ class Worker {
       here_.indices[i] = i;
     }
     for (int64_t i = 0; i < tokens_; i += L) {
-      Vec<float> norms = similarities(here_.rows.at(i, 0), nullptr);
+      Vec<float> squares = similarities(here_.rows.at(i, 0), nullptr);
       for (int64_t l = 0; l < least(L, tokens_ - i); l++)
-        here_.inverse_norms[i + l] = 1 / std::fmax(std::sqrt(norms[l]), 1e-12f);
+        here_.norms[i + l] = std::fmax(std::sqrt(squares[l]), 1e-12f);
     }
   }
 
@@ -80,7 +80,7 @@ class Worker {
       int64_t place = entries_[i].place;
       to.indices[i] = from.indices[place];
       if (last) continue;
-      to.inverse_norms[i] = from.inverse_norms[place];
+      to.norms[i] = from.norms[place];
       for (int64_t d = 0; d < width_; d += L) store(to.rows.row(i) + d, load(from.rows.row(place) + d));
     }
     cluster(to, from, level + 1, 2 * node);
@@ -101,7 +101,7 @@ class Worker {
   // The softmax of two similarities is a sigmoid of their difference; neither weight is 1 minus the other.
   void weigh(const Tokens& tokens, int64_t block) {
     for (int64_t i = 0; i < block; i += L) {
-      Vec<float> cosine = similarities(tokens.rows.at(i, 0), difference_) * load(tokens.inverse_norms + i);
+      Vec<float> cosine = similarities(tokens.rows.at(i, 0), difference_) / load(tokens.norms + i);
       Vec<float> difference = cosine / p_.temperature;
       Vec<float> small = exp<float>(difference > 0 ? -difference : difference), large = 1 / (1 + small);
       small *= large;
@@ -147,9 +147,9 @@ class Worker {
   void sort(const Tokens& node, int64_t count) {
     for (int64_t i = 0; i < count; i += L) {
       int64_t block = least(L, count - i);
-      Vec<float> scale = load(node.inverse_norms + i),
-                 ratios = (similarities(node.rows.at(i, 0), centroids_[0]) * scale + 1) /
-                          (similarities(node.rows.at(i, 0), centroids_[1]) * scale + 1);
+      Vec<float> norms = load(node.norms + i);
+      Vec<float> near = similarities(node.rows.at(i, 0), centroids_[0]) / norms + 1;
+      Vec<float> ratios = near / (similarities(node.rows.at(i, 0), centroids_[1]) / norms + 1);
       for (int64_t l = 0; l < block; l++) entries_[i + l] = {sort_key(ratios[l]), uint32_t(i + l)};
     }
     sort_by_key(count);
@@ -180,7 +180,7 @@ class Worker {
   void lay_out() {
     for (Tokens* tokens : {&here_, &there_}) {
       tokens->rows = memory_.take<float>(tokens_ + L, width_);
-      tokens->inverse_norms = memory_.take<float>(tokens_ + L);
+      tokens->norms = memory_.take<float>(tokens_ + L);
       tokens->indices = memory_.take<int32_t>(tokens_);
     }
     entries_ = memory_.take<Entry>(tokens_), other_ = memory_.take<Entry>(tokens_);

@@ -34,14 +34,15 @@ from .._triton import (
     pair_logits,
     place,
     processors,
+    refusal,
     store_rows,
     zeros,
 )
 from ..position_bias.kernels import _mlp_rows
 from . import streamed
 
+__all__ = ["partition_attention_backward", "partition_attention_forward", "refusal"]
 SINGLE_TILE = 64  # tokens: a larger group is streamed (one tile of 256 tokens always spills)
-LARGEST_HEAD = 128
 
 
 class Bias(NamedTuple):
@@ -196,17 +197,6 @@ def _fold_bias_gradient(
         p_line = p_partial + ((tl.cast(part, tl.int64) * heads + head) * SIDE + query) * SIDE
         total += tl.load(p_line[None, :] + y * geometry.group_w + x, mask=inside & (offset < size)[:, None], other=0.0)
     tl.store(p_dbias + head * size + offset, tl.sum(total, 1), mask=offset < size)
-
-
-def refusal(head_dim: int, dtype: torch.dtype) -> str | None:
-    """Why these kernels cannot run on heads of this size and dtype, or None."""
-    if head_dim > LARGEST_HEAD:
-        return f"head_dim {head_dim} > {LARGEST_HEAD}"
-    if head_dim % 8:
-        return f"head_dim {head_dim} is not a multiple of 8"
-    if dtype == torch.float64 and not INTERPRETED:
-        return "float64 runs in Triton's interpreter only (TRITON_INTERPRET=1)"
-    return None
 
 
 def _tile(tokens: int) -> int:
