@@ -89,12 +89,21 @@ class Worker {
 
   // The two centroids of a node, from the means of its first `split` tokens and of the others.
   void find_centroids(const Tokens& node, int64_t count, int64_t split) {
-    sum(node, count, [&](int64_t i, int64_t block) {
-      for (int64_t l = 0; l < block; l++) weights_.row(l)[0] = i + l < split, weights_.row(l)[1] = i + l >= split;
-    });
+    std::memset(sums_, 0, 2 * width_ * sizeof(double));
+    for (int64_t i = 0; i < split; i += BLOCK) add_rows(node.rows.at(i, 0), least(BLOCK, split - i), sums_);
+    for (int64_t i = split; i < count; i += BLOCK) add_rows(node.rows.at(i, 0), least(BLOCK, count - i), sums_ + width_);
+    normalize(count);
     for (int64_t iteration = 0; iteration < p_.iterations; iteration++) {
-      for (int64_t d = 0; d < width_; d += L) store(difference_ + d, load(centroids_[0] + d) - load(centroids_[1] + d));
-      sum(node, count, [&](int64_t i, int64_t block) { weigh(node.from(i), block); });
+      for (int64_t d = 0; d < width_; d += L)
+        store(difference_ + d, load(centroids_[0] + d) - load(centroids_[1] + d));
+      std::memset(sums_, 0, 2 * width_ * sizeof(double));
+      for (int64_t i = 0; i < count; i += BLOCK) {
+        int64_t block = least(BLOCK, count - i);
+        weigh(node.from(i), block);
+        multiply<float>(weights_, node.rows.at(i, 0), partial_, 2, block, width_);
+        for (int64_t j = 0; j < 2 * width_; j++) sums_[j] += partial_.data[j];
+      }
+      normalize(count);
     }
   }
 
@@ -105,21 +114,30 @@ class Worker {
       Vec<float> difference = cosine / p_.temperature;
       Vec<float> small = exp<float>(difference > 0 ? -difference : difference), large = 1 / (1 + small);
       small *= large;
-      Vec<float> near = difference > 0 ? large : small, far = difference > 0 ? small : large;
-      for (int64_t l = 0; l < L; l++) weights_.row(i + l)[0] = near[l], weights_.row(i + l)[1] = far[l];
+      store(weights_.row(0) + i, difference > 0 ? large : small);
+      store(weights_.row(1) + i, difference > 0 ? small : large);
     }
   }
 
-  // The centroids become the directions of the sums of rows, weighed by what weigh(i, block) writes.
-  template <class Weigh>
-  void sum(const Tokens& node, int64_t count, Weigh weigh) {
-    std::memset(sums_, 0, 2 * width_ * sizeof(double));
-    for (int64_t i = 0; i < count; i += BLOCK) {
-      int64_t block = least(BLOCK, count - i);
-      weigh(i, block);
-      multiply<float, true>(weights_, node.rows.at(i, 0), partial_, 2, block, width_);
-      for (int64_t j = 0; j < 2 * width_; j++) sums_[j] += partial_.data[j];
-    }
+  void add_rows(Matrix<float> rows, int64_t count, double* to) const {
+    int64_t d = 0;
+    for (; d + 4 * L <= width_; d += 4 * L) add_columns<4>(rows.at(0, d), count, to + d);
+    for (; d < width_; d += L) add_columns<1>(rows.at(0, d), count, to + d);
+  }
+
+  template <int VECTORS>
+  static void add_columns(Matrix<float> rows, int64_t count, double* to) {
+    Vec<float> sum[VECTORS] = {};
+    for (int64_t i = 0; i < count; i++)
+#pragma GCC unroll 4
+      for (int j = 0; j < VECTORS; j++) sum[j] += load(rows.row(i) + j * L);
+#pragma GCC unroll 4
+    for (int j = 0; j < VECTORS; j++)
+      for (int l = 0; l < L; l++) to[j * L + l] += sum[j][l];
+  }
+
+  // The centroids become the directions of the sums over a node of `count` tokens.
+  void normalize(int64_t count) {
     for (int64_t c = 0; c < 2; c++) {
       const double* sum = sums_ + c * width_;
       double square = 0;
@@ -184,7 +202,7 @@ class Worker {
       tokens->indices = memory_.take<int32_t>(tokens_);
     }
     entries_ = memory_.take<Entry>(tokens_), other_ = memory_.take<Entry>(tokens_);
-    weights_ = memory_.take<float>(BLOCK + L, 2);
+    weights_ = memory_.take<float>(2, BLOCK);
     partial_ = memory_.take<float>(2, width_);
     sums_ = memory_.take<double>(2 * width_);
     for (float*& vector : centroids_) vector = memory_.take<float>(width_);
@@ -196,7 +214,7 @@ class Worker {
   Workspace memory_;        // above all, the padding of rows is zero
   Tokens here_{}, there_{};
   Entry *entries_, *other_;
-  Matrix<float> weights_, partial_;  // [tokens of a block, 2], [2, width_]
+  Matrix<float> weights_, partial_;  // [2, tokens of a block], [2, width_]
   double* sums_;                     // [2, width_]
   float *centroids_[2], *difference_;
   int32_t* order_ = nullptr;
