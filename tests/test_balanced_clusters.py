@@ -42,6 +42,16 @@ def smooth_features(batch: int, side: int, heads: int, dim: int) -> torch.Tensor
     return (waves + 0.1 * torch.randn_like(waves)).flatten(3).permute(0, 3, 1, 2).contiguous()
 
 
+def photograph_features(side: int, heads: int, dim: int) -> torch.Tensor:  # [B, N, heads, D]
+    """A random projection of the patches of two photographs of 224 x 224 pixels."""
+    datasets = pytest.importorskip("sklearn.datasets")
+    pytest.importorskip("PIL")
+    images = [datasets.load_sample_image(name)[100:324, 200:424] for name in ("china.jpg", "flower.jpg")]
+    pixels = torch.stack([torch.from_numpy(image.copy()) for image in images]).permute(0, 3, 1, 2).float() / 255
+    patches = torch.nn.functional.unfold(pixels - pixels.mean((2, 3), keepdim=True), 224 // side, stride=224 // side)
+    return (patches.mT @ torch.randn(patches.shape[1], heads * dim)).unflatten(-1, (heads, dim))
+
+
 # the tree map
 
 
@@ -131,11 +141,15 @@ def test_golden_orders(golden, name, backend):
 
 
 @backends
-@pytest.mark.parametrize("features", ["random", "smooth"])
+@pytest.mark.parametrize("features", ["random", "smooth", "photograph"])
 @pytest.mark.parametrize("side, heads", [(14, 12), (28, 6), (56, 3)])
 def test_membership_agrees_with_float64(side, heads, features, backend):
     torch.manual_seed(0)
-    x = torch.randn(2, side * side, heads, 32) if features == "random" else smooth_features(2, side, heads, 32)
+    x = {
+        "random": lambda: torch.randn(2, side * side, heads, 32),
+        "smooth": lambda: smooth_features(2, side, heads, 32),
+        "photograph": lambda: photograph_features(side, heads, 32),
+    }[features]()
     exact = leaf_of(reference(x, dtype=torch.float64), 49)
     order = balanced_clusters(x.to(device_of(backend)), backend=backend)
     assert (leaf_of(order, 49) == exact).float().mean() >= 0.995

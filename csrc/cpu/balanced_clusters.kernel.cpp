@@ -13,13 +13,11 @@ namespace {
 constexpr int L = LANES<float>;
 constexpr int64_t BLOCK = 64;  // tokens whose sums are kept in float; sums of blocks are in double
 
-// Bits that are ordered as the ratios are: NaN last, -0 like 0.
-VITKERNELS_INLINE uint32_t sort_key(float ratio) {
-  if (ratio != ratio) return 0xffffffff;
-  ratio += 0.0f;
-  uint32_t bits;
-  std::memcpy(&bits, &ratio, sizeof(bits));
-  return bits >> 31 ? ~bits : bits | 0x80000000;
+// Unsigned bits that are ordered as the ratios are: NaN last, -0 like 0.
+VITKERNELS_INLINE Vec<int32_t> sort_keys(Vec<float> ratios) {
+  Vec<int32_t> bits = as_bits(ratios + 0.0f), none{};
+  bits ^= bits >> 31 | INT32_MIN;
+  return ratios == ratios ? bits : ~none;
 }
 
 // Tokens in their current order: rows of features, their norms, their indices.
@@ -28,9 +26,7 @@ struct Tokens {
   float* norms;
   int32_t* indices;
 
-  VITKERNELS_INLINE Tokens from(int64_t place) const {
-    return {rows.at(place, 0), norms + place, indices + place};
-  }
+  VITKERNELS_INLINE Tokens from(int64_t place) const { return {rows.at(place, 0), norms + place, indices + place}; }
 };
 
 struct Entry {
@@ -48,7 +44,10 @@ class Worker {
   void run(int64_t task) {
     read(task / p_.heads, task % p_.heads);
     order_ = p_.order + task * tokens_;
-    cluster(here_, there_, 0, 0);
+    if (p_.tree.levels)
+      cluster(here_, there_, 0, 0, pivots_);
+    else
+      std::memcpy(order_, here_.indices, tokens_ * sizeof(int32_t));
   }
 
  private:
@@ -60,63 +59,80 @@ class Worker {
     }
     for (int64_t i = 0; i < tokens_; i += L) {
       Vec<float> squares = similarities(here_.rows.at(i, 0), nullptr);
-      for (int64_t l = 0; l < least(L, tokens_ - i); l++)
-        here_.norms[i + l] = std::fmax(std::sqrt(squares[l]), 1e-12f);
+      for (int64_t l = 0; l < least(L, tokens_ - i); l++) here_.norms[i + l] = std::fmax(std::sqrt(squares[l]), 1e-12f);
     }
   }
 
-  // Node `node` of `level` lies in `from`; its sorted tokens go to `to`, or where it is a leaf's parent to the order.
-  void cluster(Tokens from, Tokens to, int64_t level, int64_t node) {
+  // Sorts node `node` of `level`, which lies in `from`, into `to` and halves it; a leaf's parent into the order. Rows
+  // are kept relative to a pivot, a token of the node, so that sums over tokens that are nearly the same lose nothing.
+  void cluster(Tokens from, Tokens to, int64_t level, int64_t node, const double* pivot) {
     int64_t first = p_.tree.first(level, node), count = p_.tree.first(level, node + 1) - first;
-    if (level == p_.tree.levels) {
-      std::memcpy(order_ + first, from.indices, count * sizeof(int32_t));
+    int64_t split = p_.tree.first(level + 1, 2 * node + 1) - first;
+    find_centroids(from, count, split, pivot);
+    sort(from, count);
+    if (level + 1 == p_.tree.levels) {
+      for (int64_t i = 0; i < count; i++) order_[first + i] = from.indices[entries_[i].place];
       return;
     }
-    int64_t split = p_.tree.first(level + 1, 2 * node + 1) - first;
-    find_centroids(from, count, split);
-    sort(from, count);
-    bool last = level + 1 == p_.tree.levels;
-    for (int64_t i = 0; i < count; i++) {
+    double *left = pivots_ + (2 * level + 1) * width_, *right = left + width_;
+    move(from, to, 0, split, pivot, left);
+    move(from, to, split, count, pivot, right);
+    cluster(to, from, level + 1, 2 * node, left);
+    cluster(to.from(split), from.from(split), level + 1, 2 * node + 1, right);
+  }
+
+  // Places [begin, end) of the sorted node, relative to the first of them.
+  void move(const Tokens& from, const Tokens& to, int64_t begin, int64_t end, const double* pivot, double* new_pivot) {
+    const float* step = from.rows.row(entries_[begin].place);
+    for (int64_t d = 0; d < width_; d++) new_pivot[d] = pivot[d] + step[d];
+    for (int64_t i = begin; i < end; i++) {
       int64_t place = entries_[i].place;
       to.indices[i] = from.indices[place];
-      if (last) continue;
       to.norms[i] = from.norms[place];
-      for (int64_t d = 0; d < width_; d += L) store(to.rows.row(i) + d, load(from.rows.row(place) + d));
+      for (int64_t d = 0; d < width_; d += L)
+        store(to.rows.row(i) + d, load(from.rows.row(place) + d) - load(step + d));
     }
-    cluster(to, from, level + 1, 2 * node);
-    cluster(to.from(split), from.from(split), level + 1, 2 * node + 1);
   }
 
   // The two centroids of a node, from the means of its first `split` tokens and of the others.
-  void find_centroids(const Tokens& node, int64_t count, int64_t split) {
+  void find_centroids(const Tokens& node, int64_t count, int64_t split, const double* pivot) {
     std::memset(sums_, 0, 2 * width_ * sizeof(double));
     for (int64_t i = 0; i < split; i += BLOCK) add_rows(node.rows.at(i, 0), least(BLOCK, split - i), sums_);
-    for (int64_t i = split; i < count; i += BLOCK) add_rows(node.rows.at(i, 0), least(BLOCK, count - i), sums_ + width_);
-    normalize(count);
+    for (int64_t i = split; i < count; i += BLOCK)
+      add_rows(node.rows.at(i, 0), least(BLOCK, count - i), sums_ + width_);
+    double totals[2] = {double(split), double(count - split)};
+    find_axis(pivot, totals, count);
     for (int64_t iteration = 0; iteration < p_.iterations; iteration++) {
-      for (int64_t d = 0; d < width_; d += L)
-        store(difference_ + d, load(centroids_[0] + d) - load(centroids_[1] + d));
       std::memset(sums_, 0, 2 * width_ * sizeof(double));
+      totals[0] = totals[1] = 0;
       for (int64_t i = 0; i < count; i += BLOCK) {
         int64_t block = least(BLOCK, count - i);
         weigh(node.from(i), block);
         multiply<float>(weights_, node.rows.at(i, 0), partial_, 2, block, width_);
         for (int64_t j = 0; j < 2 * width_; j++) sums_[j] += partial_.data[j];
+        for (int64_t c = 0; c < 2; c++) totals[c] += total_weight(weights_.row(c), block);
       }
-      normalize(count);
+      find_axis(pivot, totals, count);
     }
   }
 
   // The softmax of two similarities is a sigmoid of their difference; neither weight is 1 minus the other.
   void weigh(const Tokens& tokens, int64_t block) {
     for (int64_t i = 0; i < block; i += L) {
-      Vec<float> cosine = similarities(tokens.rows.at(i, 0), difference_) / load(tokens.norms + i);
-      Vec<float> difference = cosine / p_.temperature;
-      Vec<float> small = exp<float>(difference > 0 ? -difference : difference), large = 1 / (1 + small);
+      Vec<float> logit = (similarities(tokens.rows.at(i, 0), axis_) + pivot_axis_) / load(tokens.norms + i);
+      logit /= p_.temperature;
+      Vec<float> small = exp<float>(logit > 0 ? -logit : logit), large = 1 / (1 + small);
       small *= large;
-      store(weights_.row(0) + i, difference > 0 ? large : small);
-      store(weights_.row(1) + i, difference > 0 ? small : large);
+      store(weights_.row(0) + i, logit > 0 ? large : small);
+      store(weights_.row(1) + i, logit > 0 ? small : large);
     }
+  }
+
+  static float total_weight(float* weights, int64_t block) {
+    Vec<float> sum{};
+    for (int64_t l = block; l < padded<float>(block); l++) weights[l] = 0;
+    for (int64_t l = 0; l < block; l += L) sum += load(weights + l);
+    return sum_of<float>(sum)[0];
   }
 
   void add_rows(Matrix<float> rows, int64_t count, double* to) const {
@@ -136,15 +152,23 @@ class Worker {
       for (int l = 0; l < L; l++) to[j * L + l] += sum[j][l];
   }
 
-  // The centroids become the directions of the sums over a node of `count` tokens.
-  void normalize(int64_t count) {
+  // The centroids are the directions of the weighted sums, whose weights have these totals, over a node of `count`
+  // tokens: their difference, and the second. Where an image is flat they nearly coincide, and what tells its tokens
+  // apart is the difference: double.
+  void find_axis(const double* pivot, const double* totals, int64_t count) {
+    double norms[2];
     for (int64_t c = 0; c < 2; c++) {
-      const double* sum = sums_ + c * width_;
-      double square = 0;
-      for (int64_t d = 0; d < width_; d++) square += sum[d] * sum[d];
-      double norm = std::fmax(std::sqrt(square), 1e-12 * count);  // of the mean at least 1e-12
-      for (int64_t d = 0; d < width_; d++) centroids_[c][d] = sum[d] / norm;
+      double *sum = sums_ + c * width_, square = 0;
+      for (int64_t d = 0; d < width_; d++) sum[d] += totals[c] * pivot[d], square += sum[d] * sum[d];
+      norms[c] = std::fmax(std::sqrt(square), 1e-12 * count);  // of the mean at least 1e-12
     }
+    double pivot_axis = 0, pivot_base = 0;
+    for (int64_t d = 0; d < width_; d++) {
+      double base = sums_[width_ + d] / norms[1], axis = sums_[d] / norms[0] - base;
+      axis_[d] = axis, base_[d] = base;
+      pivot_axis += pivot[d] * axis, pivot_base += pivot[d] * base;
+    }
+    pivot_axis_ = pivot_axis, pivot_base_ = pivot_base;
   }
 
   // Of L rows with a direction, or with themselves. (There may be fewer: then the last lanes mean nothing.)
@@ -166,9 +190,11 @@ class Worker {
     for (int64_t i = 0; i < count; i += L) {
       int64_t block = least(L, count - i);
       Vec<float> norms = load(node.norms + i);
-      Vec<float> near = similarities(node.rows.at(i, 0), centroids_[0]) / norms + 1;
-      Vec<float> ratios = near / (similarities(node.rows.at(i, 0), centroids_[1]) / norms + 1);
-      for (int64_t l = 0; l < block; l++) entries_[i + l] = {sort_key(ratios[l]), uint32_t(i + l)};
+      // (s0 + 1) / (s1 + 1) - 1, whose small values do not drown in the rounding of 1
+      Vec<float> ratios = (similarities(node.rows.at(i, 0), axis_) + pivot_axis_) / norms;
+      ratios /= (similarities(node.rows.at(i, 0), base_) + pivot_base_) / norms + 1;
+      Vec<int32_t> keys = sort_keys(ratios);
+      for (int64_t l = 0; l < block; l++) entries_[i + l] = {uint32_t(keys[l]), uint32_t(i + l)};
     }
     sort_by_key(count);
     for (int64_t i = 1; i < count; i++) {  // ties, few or in order already: by insertion
@@ -205,8 +231,8 @@ class Worker {
     weights_ = memory_.take<float>(2, BLOCK);
     partial_ = memory_.take<float>(2, width_);
     sums_ = memory_.take<double>(2 * width_);
-    for (float*& vector : centroids_) vector = memory_.take<float>(width_);
-    difference_ = memory_.take<float>(width_);
+    axis_ = memory_.take<float>(width_), base_ = memory_.take<float>(width_);
+    pivots_ = memory_.take<double>((2 * p_.tree.levels + 1) * width_);
   }
 
   const BalancedClusters& p_;
@@ -216,7 +242,9 @@ class Worker {
   Entry *entries_, *other_;
   Matrix<float> weights_, partial_;  // [2, tokens of a block], [2, width_]
   double* sums_;                     // [2, width_]
-  float *centroids_[2], *difference_;
+  float *axis_, *base_;              // the first centroid minus the second; the second
+  float pivot_axis_, pivot_base_;    // their products with the pivot of the node
+  double* pivots_;                   // of the root, 0, and of the current pair of nodes of every level
   int32_t* order_ = nullptr;
 };
 

@@ -112,7 +112,8 @@ struct Clustering {
   __device__ float* sums(int of_warp) const {
     return reinterpret_cast<float*>(&notes(MAX_WARPS)) + of_warp * words_of_scratch(problem.features);
   }
-  __device__ float* centroids(Team team) const { return sums(team.first) + 2 * problem.features; }
+  // [2, features]: the first centroid minus the second, and the second.
+  __device__ float* axis_of(Team team) const { return sums(team.first) + 2 * problem.features; }
   __device__ unsigned earlier_lanes() const { return (1u << lane) - 1; }
 
   // This lane's features of a row, zeros beyond the last.
@@ -156,12 +157,7 @@ struct Clustering {
   // Sums of the share's features: at first of the node's halves, then under the softmax of the similarities.
   __device__ void accumulate(Team team, Span share, bool initial) {
     float x[F], axis[F] = {}, sum[2 * F] = {};
-    if (!initial) {
-      load(centroids(team), axis);
-      load(centroids(team) + problem.features, x);
-#pragma unroll
-      for (int i = 0; i < F; i++) axis[i] -= x[i];
-    }
+    if (!initial) load(axis_of(team), axis);
     for (int base = share.first; base < share.last; base += LANES >> shift) {
       bool inside = base + (lane >> shift) < share.last;
       int place = inside ? base + (lane >> shift) : share.first;
@@ -192,38 +188,46 @@ struct Clustering {
     }
   }
 
-  // The directions of the means of n tokens, from the sums of the team's warps.
-  __device__ void normalize(Team team, int n) {
+  // The centroids: directions of the means a and b of n tokens, from the sums of the team's warps. Where an image is
+  // flat they nearly coincide, and what tells its tokens apart is their difference: a / |a| - b / |b| is taken as
+  // (a - b + b (1 - |a| / |b|)) / |a|, whose inner difference comes from (b - a) (b + a).
+  __device__ void find_axis(Team team, int n) {
     team.sync();
-    for (int c = team.rank; c < 2; c += team.warps) {
-      float* to = centroids(team) + c * problem.features;
-      float square = 0;
+    if (team.rank == 0) {
+      float *axis = axis_of(team), *base = axis + problem.features;
+      float aa = 0, bb = 0, gap = 0;
       for (int f = lane; f < problem.features; f += LANES) {
-        float sum = 0;
-        for (int w = team.first; w < team.first + team.warps; w++) sum += sums(w)[c * problem.features + f];
-        to[f] = sum / n;
-        square += to[f] * to[f];
+        float a = 0, b = 0;
+        for (int w = team.first; w < team.first + team.warps; w++)
+          a += sums(w)[f], b += sums(w)[problem.features + f];
+        axis[f] = a /= n, base[f] = b /= n;
+        aa += a * a, bb += b * b, gap += (b - a) * (b + a);
       }
-      for (int mask = LANES / 2; mask; mask /= 2) square += __shfl_xor_sync(ALL, square, mask);
-      float norm = no_less(sqrtf(square), 1e-12f);
-      for (int f = lane; f < problem.features; f += LANES) to[f] /= norm;
+      for (int mask = LANES / 2; mask; mask /= 2) {
+        aa += __shfl_xor_sync(ALL, aa, mask), bb += __shfl_xor_sync(ALL, bb, mask);
+        gap += __shfl_xor_sync(ALL, gap, mask);
+      }
+      float norm_a = no_less(sqrtf(aa), 1e-12f), norm_b = no_less(sqrtf(bb), 1e-12f);
+      float rest = gap / (norm_a + norm_b) / norm_b;
+      for (int f = lane; f < problem.features; f += LANES)
+        axis[f] = (axis[f] - base[f] + base[f] * rest) / norm_a, base[f] /= norm_b;
     }
     team.sync();
   }
 
-  // The keys of the share's ratios, and the extremes.
+  // The keys of the share's ratios (s0 + 1) / (s1 + 1) - 1, whose small values do not drown in the rounding of 1, and
+  // the extremes.
   __device__ void score(Team team, Span share) {
-    float x[F], c0[F], c1[F];
-    load(centroids(team), c0);
-    load(centroids(team) + problem.features, c1);
+    float x[F], axis[F], second[F];
+    load(axis_of(team), axis);
+    load(axis_of(team) + problem.features, second);
     uint32_t lowest = ~0u, highest = 0;
     for (int base = share.first; base < share.last; base += LANES >> shift) {
       bool inside = base + (lane >> shift) < share.last;
       int place = inside ? base + (lane >> shift) : share.first;
       load(row(order[place] & ~SECOND), x);
       float inverse = __uint_as_float(value[place]);
-      float near0 = total(dot(x, c0) * inverse) + 1, near1 = total(dot(x, c1) * inverse) + 1;
-      uint32_t key = key_of(near0 / near1);
+      uint32_t key = key_of(total(dot(x, axis) * inverse) / (total(dot(x, second) * inverse) + 1));
       if (!inside) continue;
       if (slice() == 0) value[place] = key;
       lowest = min(lowest, key), highest = max(highest, key);
@@ -381,7 +385,7 @@ struct Clustering {
     Span node = {int(tree.first(level, j)), int(tree.first(level, j + 1))}, share = team.share(node);
     for (int i = 0; i <= problem.iterations; i++) {
       accumulate(team, share, i == 0);
-      normalize(team, node.last - node.first);
+      find_axis(team, node.last - node.first);
     }
     score(team, share);
     if (level + 1 == tree.levels) return write_sorted(team, node);

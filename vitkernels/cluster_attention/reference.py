@@ -29,12 +29,12 @@ def balanced_clusters(
         features = _rows(x, nodes) * inside[..., None]  # [B, heads, nodes, n, D]
         units = F.normalize(features, dim=-1)
         second = places >= tree.bounds(level + 1, x.device)[1::2, None]
-        centroids = _centroids(features, torch.stack((inside & ~second, second), -1).to(dtype))
+        axis, base = _centroids(features, inside & ~second, second)
         for _ in range(iterations):
-            weights = (_similarities(units, centroids) / temperature).softmax(-1)
-            centroids = _centroids(features, weights * inside[..., None])
-        near = _similarities(units, centroids) + 1
-        ratios = near[..., 0] / near[..., 1]
+            logits = _similarity(units, axis) / temperature
+            axis, base = _centroids(features, logits.sigmoid() * inside, (-logits).sigmoid() * inside)
+        # (s0 + 1) / (s1 + 1) - 1, whose small values do not drown in the rounding of 1
+        ratios = _similarity(units, axis) / (_similarity(units, base) + 1)
         nodes = _sorted(nodes.where(inside, tokens), ratios.where(inside, torch.nan))
         order = nodes.flatten(2)[..., tree.slots(level, x.device)]
     return order.to(torch.int32)
@@ -46,15 +46,19 @@ def _rows(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(2, flat).view(*index.shape, x.shape[-1])
 
 
-def _similarities(units: Tensor, centroids: Tensor) -> Tensor:
-    """``[..., n, D], [..., 2, D] -> [..., n, 2]``; no matrix product, which could be of less than full precision."""
-    return torch.stack([(units * centroids[..., c : c + 1, :]).sum(-1) for c in range(2)], -1)
+def _similarity(units: Tensor, direction: Tensor) -> Tensor:
+    """``[..., n, D], [..., D] -> [..., n]``; no matrix product, which could be of less than full precision."""
+    return (units * direction[..., None, :]).sum(-1)
 
 
-def _centroids(features: Tensor, weights: Tensor) -> Tensor:
-    """Directions of the weighted means: ``[..., n, D], [..., n, 2] -> [..., 2, D]``."""
-    means = torch.stack([(features * weights[..., c, None]).mean(-2) for c in range(2)], -2)
-    return F.normalize(means, dim=-1)
+def _centroids(features: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Directions of two weighted means, as the first minus the second ``[..., D]``, and the second.
+
+    Where an image is flat they nearly coincide, and what tells its tokens apart is their difference: float64.
+    """
+    means = [(features.double() * w[..., None]).mean(-2) for w in weights]
+    first, second = (F.normalize(mean, dim=-1) for mean in means)
+    return (first - second).to(features.dtype), second.to(features.dtype)
 
 
 def _sorted(nodes: Tensor, ratios: Tensor) -> Tensor:
