@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -69,3 +70,13 @@ def leaf_of(order: Tensor, leaf_size: int) -> Tensor:
     tree = Tree.of(order.shape[2], leaf_size)
     leaf = torch.bucketize(torch.arange(tree.tokens), tree.bounds(tree.levels)[1:], right=True).expand(order.shape)
     return torch.empty_like(leaf).scatter_(2, order.cpu().long(), leaf)
+
+
+def photograph_features(side: int, heads: int, dim: int) -> Tensor:  # [B, N, heads, D]
+    """A random projection of the patches of two photographs of 224 x 224 pixels."""
+    datasets = pytest.importorskip("sklearn.datasets")
+    pytest.importorskip("PIL")
+    images = [datasets.load_sample_image(name)[100:324, 200:424] for name in ("china.jpg", "flower.jpg")]
+    pixels = torch.stack([torch.from_numpy(image.copy()) for image in images]).permute(0, 3, 1, 2).float() / 255
+    patches = torch.nn.functional.unfold(pixels - pixels.mean((2, 3), keepdim=True), 224 // side, stride=224 // side)
+    return (patches.mT @ torch.randn(patches.shape[1], heads * dim)).unflatten(-1, (heads, dim))

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from contract import leaf_of
+from contract import leaf_of, photograph_features
 
 import vitkernels
 from vitkernels import balanced_clusters
@@ -40,16 +40,6 @@ def smooth_features(batch: int, side: int, heads: int, dim: int) -> torch.Tensor
     frequency, phase = torch.randn(2, batch, heads, dim, 1, 1) * 6, torch.rand(batch, heads, dim, 1, 1) * 6.28
     waves = torch.sin(frequency[0] * y + frequency[1] * x + phase)
     return (waves + 0.1 * torch.randn_like(waves)).flatten(3).permute(0, 3, 1, 2).contiguous()
-
-
-def photograph_features(side: int, heads: int, dim: int) -> torch.Tensor:  # [B, N, heads, D]
-    """A random projection of the patches of two photographs of 224 x 224 pixels."""
-    datasets = pytest.importorskip("sklearn.datasets")
-    pytest.importorskip("PIL")
-    images = [datasets.load_sample_image(name)[100:324, 200:424] for name in ("china.jpg", "flower.jpg")]
-    pixels = torch.stack([torch.from_numpy(image.copy()) for image in images]).permute(0, 3, 1, 2).float() / 255
-    patches = torch.nn.functional.unfold(pixels - pixels.mean((2, 3), keepdim=True), 224 // side, stride=224 // side)
-    return (patches.mT @ torch.randn(patches.shape[1], heads * dim)).unflatten(-1, (heads, dim))
 
 
 # the tree map

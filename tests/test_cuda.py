@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from contract import leaf_of
+from contract import leaf_of, photograph_features
 
 from vitkernels import _dispatch, _native, balanced_clusters
 from vitkernels.cluster_attention.reference import balanced_clusters as reference
@@ -89,6 +89,14 @@ def test_membership(cluster, leaf_size, tokens):
 def test_features(cluster, features, dtype):
     x = random(2, 99, 2, features, dtype)
     assert_agrees(cluster(x, 7), x, 7)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_membership_of_photographs(cluster, dtype):
+    """Whose flat parts have tokens that are nearly the same."""
+    torch.manual_seed(0)
+    x = photograph_features(28, 3, 32).to(dtype)
+    assert_agrees(cluster(x), x)
 
 
 @pytest.mark.parametrize("path, tokens, features", [("cache", 700, 32), ("workspace", 900, 8)])

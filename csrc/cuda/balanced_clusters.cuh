@@ -196,8 +196,10 @@ struct Clustering {
     if (team.rank == 0) {
       float *axis = axis_of(team), *base = axis + problem.features;
       float aa = 0, bb = 0, gap = 0;
+#pragma unroll 1
       for (int f = lane; f < problem.features; f += LANES) {
         float a = 0, b = 0;
+#pragma unroll 1
         for (int w = team.first; w < team.first + team.warps; w++)
           a += sums(w)[f], b += sums(w)[problem.features + f];
         axis[f] = a /= n, base[f] = b /= n;
@@ -209,6 +211,7 @@ struct Clustering {
       }
       float norm_a = no_less(sqrtf(aa), 1e-12f), norm_b = no_less(sqrtf(bb), 1e-12f);
       float rest = gap / (norm_a + norm_b) / norm_b;
+#pragma unroll 1
       for (int f = lane; f < problem.features; f += LANES)
         axis[f] = (axis[f] - base[f] + base[f] * rest) / norm_a, base[f] /= norm_b;
     }
