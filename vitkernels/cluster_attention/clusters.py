@@ -50,9 +50,9 @@ def balanced_clusters(
     halved. Node j of level l covers the places ``[j * N // 2**l, (j + 1) * N // 2**l)`` of the order, for any N;
     where N is ``leaf_size * 2**K`` this is the published rule.
 
-    Arithmetic is float32 or more precise whatever the dtype, since membership is chaotic in less. Equal ratios are ordered by token
-    index, and NaN comes last, so that any input gives one permutation, always the same on one device. Backends round
-    differently: tokens whose ratios nearly tie may change places between them.
+    Arithmetic is float32 or more precise whatever the dtype, since membership is chaotic in less. Equal ratios are
+    ordered by token index, and NaN comes last, so that any input gives one permutation, always the same on one device.
+    Backends round differently: tokens whose ratios nearly tie may change places between them.
 
     Args:
         x: ``[B, N, heads, D]`` features, float32, float64, float16 or bfloat16, any strides; BOAT takes the queries.
