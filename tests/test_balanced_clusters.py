@@ -11,7 +11,7 @@ import torch
 from contract import leaf_of, photograph_features
 
 import vitkernels
-from vitkernels import balanced_clusters
+from vitkernels import FeatureSpaceAttention, balanced_clusters
 from vitkernels.cluster_attention.clusters import _refusal
 from vitkernels.cluster_attention.reference import balanced_clusters as reference
 from vitkernels.tree import Tree
@@ -299,6 +299,13 @@ X = torch.randn(2, 100, 2, 16)
         (lambda: balanced_clusters(X, iterations=True), TypeError, "iterations must be an int, got True"),
         (lambda: balanced_clusters(X, temperature=0), ValueError, "temperature must be finite and above 0, got 0"),
         (lambda: balanced_clusters(X, temperature=float("nan")), ValueError, "temperature must be finite"),
+        (lambda: balanced_clusters(X, temperature=1e-50), ValueError, "got 1e-50; the least in float32 is 1.17"),
+        (
+            lambda: FeatureSpaceAttention(16, 2, temperature=0),
+            ValueError,
+            "temperature must be finite and above 0, got 0",
+        ),
+        (lambda: FeatureSpaceAttention(16, 2, iterations=-1), ValueError, "iterations must be at least 0, got -1"),
         (lambda: balanced_clusters(X, temperature="hot"), TypeError, "temperature must be a number, got 'hot'"),
         (lambda: balanced_clusters(X, backend="fast"), ValueError, "backend must be one of"),
         (

@@ -420,6 +420,7 @@ ORDER = torch.arange(100, dtype=torch.int32).expand(2, 3, 100)
             "overlap must be at most the smallest leaf, 25 of 100 tokens, got 26",
         ),
         (lambda: cluster_attention(Q, Q, Q, ORDER.tolist()), TypeError, r"order must be a torch.Tensor .* got list"),
+        (lambda: cluster_attention(Q, Q, Q, ORDER.to_sparse()), TypeError, "order must be a dense tensor, got"),
         (lambda: cluster_attention(Q, Q, Q, ORDER.float()), TypeError, "order must be int32 .* got torch.float32"),
         (
             lambda: cluster_attention(Q, Q, Q, ORDER[:, :2]),

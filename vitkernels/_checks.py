@@ -27,6 +27,16 @@ def check_tensor(name: str, x: object, layout: str) -> None:
         raise TypeError(f"{name} must be one of {allowed}, got {str(x.dtype).removeprefix('torch.')}; convert it first")
 
 
+def check_packed(qkv: object, layout: str) -> None:
+    """``qkv`` is a fused projection viewed as ``layout``, "[..., 3, heads, head_dim]"."""
+    check_tensor("qkv", qkv, layout)
+    if qkv.shape[-3] != 3:
+        raise ValueError(
+            f"qkv must be {layout}, got {shape_of(qkv)} with {qkv.shape[-3]} where 3 is expected; "
+            f"view the projection's output as ({layout.strip('[]')})"
+        )
+
+
 def check_alike(q: Tensor, k: Tensor, v: Tensor) -> None:
     """q, k and v agree in shape, dtype and device."""
     for name, x in (("k", k), ("v", v)):

@@ -21,6 +21,7 @@ _dispatch.define(
 
 
 _MOST_TOKENS, _MOST_FEATURES = 32768, 512  # of the CUDA kernel
+_LEAST_TEMPERATURE = 2.0**-126  # what float32 divides by without loss
 
 
 def _refusal(backend: str, x: Tensor) -> str | None:
@@ -72,14 +73,7 @@ def balanced_clusters(
         RuntimeError: the backend cannot run here or cannot run this call.
     """
     _checks.check_tensor("x", x, "[B, N, heads, D]")
-    check_leaf_size(leaf_size)
-    _checks.check_ints(iterations=iterations)
-    if iterations < 0:
-        raise ValueError(f"iterations must be at least 0, got {iterations}")
-    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
-        raise TypeError(f"temperature must be a number, got {temperature!r}")
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature must be finite and above 0, got {temperature}")
+    check_clustering(leaf_size, iterations, temperature)
     if x.shape[1] < 1 or x.shape[3] < 1:
         raise ValueError(
             f"x must have at least one token and one feature, got [B, N, heads, D] = {_checks.shape_of(x)}"
@@ -101,3 +95,17 @@ def check_leaf_size(leaf_size: object) -> None:
     _checks.check_ints(leaf_size=leaf_size)
     if leaf_size < 1:
         raise ValueError(f"leaf_size must be at least 1 token, got {leaf_size}")
+
+
+def check_clustering(leaf_size: object, iterations: object, temperature: object) -> None:
+    """The arguments of a clustering beside its features."""
+    check_leaf_size(leaf_size)
+    _checks.check_ints(iterations=iterations)
+    if iterations < 0:
+        raise ValueError(f"iterations must be at least 0, got {iterations}")
+    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
+        raise TypeError(f"temperature must be a number, got {temperature!r}")
+    if not _LEAST_TEMPERATURE <= temperature < math.inf:
+        raise ValueError(
+            f"temperature must be finite and above 0, got {temperature}; the least in float32 is {_LEAST_TEMPERATURE}"
+        )

@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import _checks
 from .._layer import AttentionLayer, LocalPosition
 from ..tree import Tree
-from .clusters import check_leaf_size
+from .clusters import check_clustering
 from .op import feature_space_attention
 
 
@@ -57,7 +57,7 @@ class FeatureSpaceAttention(AttentionLayer):
         pair_across_batch: bool = False,
     ):
         super().__init__(dim, heads, qkv_bias=qkv_bias, scale=scale, proj_drop=proj_drop)
-        check_leaf_size(leaf_size)
+        check_clustering(leaf_size, iterations, temperature)
         _checks.check_ints(overlap=overlap)
         if not 0 <= overlap <= leaf_size:
             raise ValueError(f"overlap must be between 0 and leaf_size, {leaf_size}, got {overlap}")

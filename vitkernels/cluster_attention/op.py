@@ -103,6 +103,8 @@ def _check_order(order: object, q: Tensor) -> Tensor:
     batch, tokens, heads, _ = q.shape
     if not isinstance(order, Tensor):
         raise TypeError(f"order must be a torch.Tensor [B, heads, N], got {type(order).__name__}")
+    if order.layout != torch.strided:
+        raise TypeError(f"order must be a dense tensor, got {order.layout}; convert it with to_dense()")
     if order.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"order must be int32 (or int64), as balanced_clusters returns it, got {order.dtype}")
     if order.dim() != 3 or order.shape[1] not in (1, heads) or (order.shape[0], order.shape[2]) != (batch, tokens):
@@ -252,12 +254,7 @@ def feature_space_attention(
     Raises:
         As `balanced_clusters` and `cluster_attention`.
     """
-    _checks.check_tensor("qkv", qkv, _PACKED_LAYOUT)
-    if qkv.shape[2] != 3:
-        raise ValueError(
-            f"qkv must be {_PACKED_LAYOUT}, got {_checks.shape_of(qkv)} with {qkv.shape[2]} where 3 is expected; "
-            "view the projection's output as (B, N, 3, heads, head_dim)"
-        )
+    _checks.check_packed(qkv, _PACKED_LAYOUT)
     _check_tokens(qkv, "qkv")
     if order is not None:
         if cluster_by is not None:

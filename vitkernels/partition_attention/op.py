@@ -195,17 +195,8 @@ def partition_attention_qkvpacked(
 
     The other arguments, the result and the errors are those of `partition_attention`.
     """
-    _check_packed(qkv)
+    _checks.check_packed(qkv, _PACKED_LAYOUT)
     return _attend((qkv,), partition, bias, scale, backend)
-
-
-def _check_packed(qkv: object) -> None:
-    _checks.check_tensor("qkv", qkv, _PACKED_LAYOUT)
-    if qkv.shape[3] != 3:
-        raise ValueError(
-            f"qkv must be {_PACKED_LAYOUT}, got {_checks.shape_of(qkv)} with {qkv.shape[3]} where 3 is expected; "
-            "view the projection's output as (B, H, W, 3, heads, head_dim)"
-        )
 
 
 def _check_module(module: nn.Module, qkv: Tensor) -> None:
@@ -271,7 +262,7 @@ def lsda_attention(
     Raises:
         As `partition_attention`.
     """
-    _check_packed(qkv)
+    _checks.check_packed(qkv, _PACKED_LAYOUT)
     partition = Partition(group_size, interval)
     if not isinstance(position_bias, nn.Module):
         return _attend((qkv,), partition, position_bias, scale, backend)
