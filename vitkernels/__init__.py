@@ -23,6 +23,7 @@ from .partition_attention import (
     partition_attention_qkvpacked,
     window_attention,
 )
+from .pooled_attention import MultiScaleAttention, Pool, pool_qkv, pool_tokens, pooled_attention
 from .position_bias import DynamicPositionBias, dynamic_position_bias
 
 __version__ = "0.1.0"
@@ -33,7 +34,9 @@ __all__ = [
     "FeatureSpaceAttention",
     "LongShortDistanceAttention",
     "MaxSA",
+    "MultiScaleAttention",
     "Partition",
+    "Pool",
     "WindowAttention",
     "balanced_clusters",
     "block_attention",
@@ -45,5 +48,8 @@ __all__ = [
     "lsda_attention",
     "partition_attention",
     "partition_attention_qkvpacked",
+    "pool_qkv",
+    "pool_tokens",
+    "pooled_attention",
     "window_attention",
 ]

@@ -42,6 +42,12 @@ def check_alike(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, x in (("k", k), ("v", v)):
         if x.shape != q.shape:
             raise ValueError(f"q, k and v must have one shape, got q {shape_of(q)} and {name} {shape_of(x)}")
+    check_one_kind(q, k, v)
+
+
+def check_one_kind(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """q, k and v agree in dtype and device."""
+    for name, x in (("k", k), ("v", v)):
         if x.dtype != q.dtype:
             raise TypeError(
                 f"q, k and v must have one dtype, got q {q.dtype} and {name} {x.dtype}; convert one of them"

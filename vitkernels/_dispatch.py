@@ -18,7 +18,7 @@ import torch
 
 from . import _native
 
-BACKENDS = ("triton", "cuda", "cpu", "reference")
+BACKENDS = ("triton", "cuda", "cpu", "sdpa", "reference")
 LIBRARY = torch.library.Library("vitkernels", "DEF")
 
 
@@ -80,6 +80,7 @@ _ABSENT: dict[str, Callable[[], str | None]] = {
     "triton": _triton_absent,
     "cuda": _cuda_absent,
     "cpu": _cpu_absent,
+    "sdpa": lambda: None,
     "reference": lambda: None,
 }
 
@@ -108,8 +109,8 @@ def _wrong_device(backend: str, device: torch.device) -> str | None:
     return None
 
 
-def _without_kernels(backend: str, gpu: str) -> str | None:
-    if backend not in (gpu, "cpu"):
+def _without_kernels(backend: str, gpu: str, others: tuple[str, ...]) -> str | None:
+    if backend not in (gpu, "cpu", *others):
         return f"it has no kernels for that; backend={gpu!r} is what runs on CUDA tensors"
     return None
 
@@ -120,12 +121,14 @@ def select(
     backend: str | None,
     refusal: Callable[[str], str | None] = lambda backend: None,
     gpu: str = "triton",
+    others: tuple[str, ...] = (),
 ) -> str:
     """The backend that runs operator ``name``: ``backend`` if it is given, else the device's own. Never another one.
 
     Args:
         refusal: says why a backend cannot run this call, or None.
         gpu: where the operator's kernels for CUDA tensors are: "triton" or "cuda".
+        others: backends that this operator has beside that, "cpu" and "reference".
 
     Raises:
         ValueError: no such backend.
@@ -136,7 +139,7 @@ def select(
     chosen = backend or _default(device, gpu)
     if chosen == "reference":
         return chosen
-    why = _without_kernels(chosen, gpu) or absent(chosen) or _wrong_device(chosen, device) or refusal(chosen)
+    why = _without_kernels(chosen, gpu, others) or absent(chosen) or _wrong_device(chosen, device) or refusal(chosen)
     if why:
         raise RuntimeError(f"{chosen} cannot run {name}: {why}. backend='reference' runs anywhere")
     return chosen
@@ -191,6 +194,8 @@ def _describe(backend: str) -> str:
         return "available, interpreted on CPU tensors" if interpreted() else "available, the default for CUDA tensors"
     if backend == "cuda":
         return "available, the default of balanced_clusters for CUDA tensors"
+    if backend == "sdpa":
+        return "available, the default of pooled_attention for CUDA tensors without relative positions"
     if backend == "cpu":
         return f"available, the default for CPU tensors; vectors: {_native.capability()}"
     return "available" + (

@@ -1,0 +1,106 @@
+"""Pooling of tokens and attention with decomposed relative positions in plain PyTorch: the specification."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from einops import einsum, rearrange
+from torch import Tensor
+
+
+def pool_tokens(
+    x: Tensor,  # [B, N, heads, head_dim]
+    weight: Tensor | None,  # [head_dim, taps] of a convolution; None averages
+    norm_weight: Tensor | None,  # [head_dim]
+    norm_bias: Tensor | None,  # [head_dim]
+    thw: Sequence[int],  # tokens along time, height, width
+    kernel: Sequence[int],  # tokens
+    stride: Sequence[int],  # tokens
+    padding: Sequence[int],  # tokens, on both sides
+    maximum: bool,
+    has_cls: bool,
+    eps: float,
+) -> Tensor:  # [B, N', heads, head_dim]
+    """Every head's map through a depthwise convolution, an average or a maximum, then LayerNorm over head_dim."""
+    batch, _, heads, head_dim = x.shape
+    cls, x = x[:, : int(has_cls)], x[:, int(has_cls) :]
+    x = rearrange(x, "b (t h w) n d -> (b n) d t h w", t=thw[0], h=thw[1])
+    if maximum:
+        x = F.max_pool3d(x, kernel, stride, padding)
+    elif weight is None:
+        x = F.avg_pool3d(x, kernel, stride, padding)
+    else:
+        taps = weight.to(x.dtype).view(head_dim, 1, *kernel)
+        x = F.conv3d(x, taps, stride=stride, padding=padding, groups=head_dim)
+    out = torch.cat((cls, rearrange(x, "(b n) d t h w -> b (t h w) n d", b=batch, n=heads)), 1)
+    if norm_weight is None:
+        return out
+    return F.layer_norm(out, (head_dim,), norm_weight.to(out.dtype), norm_bias.to(out.dtype), eps)
+
+
+def relative_index(queries: int, keys: int, index: str = "exact", device: torch.device | None = None) -> Tensor:
+    """The row of the table for each query and key along one axis, ``[queries, keys]``.
+
+    "exact" is i * M // queries + (keys - 1 - j) * M // keys with M the longer of the two; the others round it in
+    float32 as those libraries do.
+    """
+    i, j = torch.arange(queries, device=device)[:, None], torch.arange(keys, device=device)
+    longest = max(queries, keys)
+    if index == "exact":
+        return i * longest // queries + (keys - 1 - j) * longest // keys
+    i, j, a, b = i.float(), j.float(), longest / queries, longest / keys
+    offset = i * a - j * b + (keys - 1) * b if index == "slowfast" else i * a - (j + (1.0 - keys)) * b
+    return offset.long()
+
+
+def relative_terms(table: Tensor, queries: int, keys: int, index: str = "exact") -> Tensor:  # [L, D] -> [Q, K, D]
+    """The rows of a table that the queries and keys along one axis meet; a table of another length is interpolated."""
+    rows = 2 * max(queries, keys) - 1
+    if len(table) != rows:
+        place = torch.arange(rows, dtype=table.dtype, device=table.device)
+        place = ((place + 0.5) * (len(table) / rows) - 0.5).clamp(0, len(table) - 1)[:, None]
+        lower = place.detach().long()[:, 0]
+        upper = (lower + 1).clamp_max(len(table) - 1)
+        share = place - lower[:, None]
+        table = F.embedding(lower, table) * (1 - share) + F.embedding(upper, table) * share
+    return F.embedding(relative_index(queries, keys, index, table.device), table)
+
+
+def pooled_attention(
+    q: Tensor,  # [B, Nq, heads, head_dim]
+    k: Tensor,  # [B, Nk, heads, head_dim]
+    v: Tensor,  # [B, Nk, heads, head_dim]
+    terms: Sequence[Tensor | None],  # along time, height, width: [queries, keys, head_dim], or None
+    q_thw: Sequence[int],  # tokens along time, height, width
+    k_thw: Sequence[int],  # tokens
+    has_cls: bool = False,
+    residual: str = "none",
+    scale: float | None = None,
+) -> Tensor:  # [B, Nq, heads, head_dim]
+    """softmax(scale * q k^T + q . terms) v, and q on top."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    cls = int(has_cls)
+    q, k, v = (rearrange(x, "b n h d -> b h n d") for x in (q, k, v))
+    logits = (q * scale) @ k.mT  # [B, heads, Nq, Nk]
+    if any(term is not None for term in terms):
+        logits = logits + F.pad(_relative(q[:, :, cls:], terms, q_thw, k_thw), (cls, 0, cls, 0))
+    out = logits.softmax(-1) @ v
+    if residual == "all":
+        out = out + q
+    elif residual == "all_but_cls":
+        out = out + F.pad(q[:, :, cls:], (0, 0, cls, 0))
+    return rearrange(out, "b h n d -> b n h d")
+
+
+def _relative(q: Tensor, terms: Sequence[Tensor | None], q_thw: Sequence[int], k_thw: Sequence[int]) -> Tensor:
+    """What relative positions add to the logits ``[B, heads, Nq, Nk]`` of the tokens of two maps."""
+    q = rearrange(q, "b n (t h w) d -> b n t h w d", t=q_thw[0], h=q_thw[1])
+    total = q.new_zeros(*q.shape[:5], *k_thw)
+    shapes = ("j 1 1", "1 j 1", "1 1 j")
+    for axis, term, shape in zip("thw", terms, shapes):
+        if term is not None:
+            products = einsum(q, term.to(q.dtype), f"b n t h w d, {axis} j d -> b n t h w j")
+            total = total + rearrange(products, f"b n t h w j -> b n t h w {shape}")
+    return total.flatten(5).flatten(2, 4)
