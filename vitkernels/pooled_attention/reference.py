@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +31,8 @@ def pool_tokens(
     if maximum:
         x = F.max_pool3d(x, kernel, stride, padding)
     elif weight is None:
-        x = F.avg_pool3d(x, kernel, stride, padding)
+        wide = torch.promote_types(x.dtype, torch.float32)  # what avg_pool3d has on a CPU
+        x = F.avg_pool3d(x.to(wide), kernel, stride, padding).to(x.dtype)
     else:
         taps = weight.to(x.dtype).view(head_dim, 1, *kernel)
         x = F.conv3d(x, taps, stride=stride, padding=padding, groups=head_dim)
@@ -55,6 +57,16 @@ def relative_index(queries: int, keys: int, index: str = "exact", device: torch.
     return offset.long()
 
 
+_kept_index = lru_cache(maxsize=256)(torch.inference_mode(False)(relative_index))
+
+
+def _index_of(queries: int, keys: int, index: str, device: torch.device) -> Tensor:
+    """`relative_index`, kept from call to call where what is made now can be used later."""
+    captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    made = relative_index if captured or torch.compiler.is_compiling() else _kept_index
+    return made(queries, keys, index, device)
+
+
 def relative_terms(table: Tensor, queries: int, keys: int, index: str = "exact") -> Tensor:  # [L, D] -> [Q, K, D]
     """The rows of a table that the queries and keys along one axis meet; a table of another length is interpolated."""
     rows = 2 * max(queries, keys) - 1
@@ -65,7 +77,7 @@ def relative_terms(table: Tensor, queries: int, keys: int, index: str = "exact")
         upper = (lower + 1).clamp_max(len(table) - 1)
         share = place - lower[:, None]
         table = F.embedding(lower, table) * (1 - share) + F.embedding(upper, table) * share
-    return F.embedding(relative_index(queries, keys, index, table.device), table)
+    return F.embedding(_index_of(queries, keys, index, table.device), table)
 
 
 def pooled_attention(
