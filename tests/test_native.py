@@ -174,7 +174,7 @@ def test_weights_of_one_group(bindings, dtype, group):
 
 CONTRACT = """
 import sys, torch, vitkernels
-from vitkernels import Partition, _native, cluster_attention, partition_attention
+from vitkernels import Partition, _native, cluster_attention, partition_attention, pooled_attention
 from vitkernels.partition_attention.reference import partition_attention as reference
 from contract import assert_contract
 assert _native.capability() == sys.argv[1]
@@ -207,6 +207,18 @@ for tokens, heads, head_dim, leaf_size, overlap in [(199, 2, 32, 49, 20), (288, 
             for b in ("cpu", "reference")
         )
         assert_contract(ours, reference, inputs, cotangent, dtype)
+for q_thw, k_thw, head_dim in [((14, 14), (14, 14), 96), ((4, 9, 5), (2, 3, 5), 24), ((3, 20), (7, 33), 72)]:
+    queries, keys = (torch.Size(thw).numel() for thw in (q_thw, k_thw))
+    q, cotangent = torch.randn(2, 2, queries + 1, 2, head_dim).double()
+    tables = [torch.randn(2 * max(n, m) - 1, head_dim).double() / 4 for n, m in zip(q_thw, k_thw)]
+    inputs = [q, *torch.randn(2, 2, keys + 1, 2, head_dim).double(), *tables]
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        ours, reference = (
+            lambda q, k, v, *tables, b=b: pooled_attention(
+                q, k, v, q_thw=q_thw, k_thw=k_thw, rel_pos=tables, has_cls=True, residual="all_but_cls", backend=b)
+            for b in ("cpu", "reference")
+        )
+        assert_contract(ours, reference, inputs, cotangent, dtype, tables=range(3, len(inputs)))
 """
 
 
@@ -283,6 +295,21 @@ for tokens, heads, head_dim, leaf_size, overlap in [
                 run.cluster_attention_backward(guarded(dout, at_end), *x, statistic, leaf_size, overlap, 0.2)
                 if dtype != torch.float64:
                     run.balanced_clusters(x[0], leaf_size, 2, 0.01)
+for q_thw, k_thw, heads, head_dim, has_cls in [
+    ((1, 7, 9), (1, 3, 4), 2, 24, True), ((2, 5, 6), (2, 2, 3), 1, 32, False), ((1, 1, 1), (1, 2, 17), 3, 19, False),
+]:
+    queries, keys = (torch.Size(thw).numel() + has_cls for thw in (q_thw, k_thw))
+    for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        q, dout = torch.randn(2, 2, queries, heads, head_dim).to(dtype)
+        k, v = torch.randn(2, 2, keys, heads, head_dim).to(dtype)
+        terms = [torch.randn(n, m, head_dim).to(wide) for n, m in zip(q_thw, k_thw)]
+        for at_end in (False, True):
+            x = [guarded(t, at_end) for t in (q, k, v, *terms)]
+            geometry = (list(q_thw), list(k_thw), has_cls, 2, 0.2)
+            out, statistic = run.pooled_attention_forward(*x, *geometry)
+            gradients = run.pooled_attention_backward(guarded(dout, at_end), *x, statistic, *geometry)
+            assert all(t.isfinite().all() for t in (out, *gradients))
 print("untouched")
 """
 
