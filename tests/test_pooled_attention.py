@@ -417,6 +417,17 @@ def test_sdpa_refuses_positions():
         run(CASES["one query"], "sdpa", *inputs)
 
 
+@pytest.mark.skipif(not vitkernels._native.cpu.available, reason=str(vitkernels._native.cpu.reason))
+@pytest.mark.parametrize("side, backend", [(32, "cpu"), (33, "sdpa")])
+def test_default_without_positions(side, backend):
+    """Bit-equal to what a CPU runs: PyTorch's attention for more than 1,024 queries and keys."""
+    case = Case((side, side), (side, side), 1, 8, tables="")
+    inputs = [x.float() for x in make(case, 1)[0]]
+    assert torch.equal(run(case, None, *inputs), run(case, backend, *inputs))
+    other = {"cpu": "sdpa", "sdpa": "cpu"}[backend]
+    assert not torch.equal(run(case, None, *inputs), run(case, other, *inputs))
+
+
 def test_other_operators_have_no_sdpa():
     x = torch.randn(1, 7, 7, 1, 8)
     with pytest.raises(RuntimeError, match="sdpa cannot run partition_attention: it has no kernels for that"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import os
 import platform
 from collections.abc import Callable
@@ -47,6 +48,15 @@ def define(name: str, schema: str, fake: Callable, launcher: str | None) -> None
     register(name, "CUDA", False)
     if launcher is not None and interpreted():
         register(f"{name}_interpreted", "CPU", True)
+
+
+def with_signature(forward: Callable) -> Callable:
+    """``forward`` of an autograd.Function, whose signature autograd looks up at every call, with that at hand.
+
+    ``*inputs`` instead of names: binding each of them takes time as well.
+    """
+    forward.__signature__ = inspect.signature(forward)
+    return forward
 
 
 def operator(name: str, backend: str, device: torch.device) -> Callable:
@@ -195,7 +205,7 @@ def _describe(backend: str) -> str:
     if backend == "cuda":
         return "available, the default of balanced_clusters for CUDA tensors"
     if backend == "sdpa":
-        return "available, the default of pooled_attention for CUDA tensors without relative positions"
+        return "available, the default of pooled_attention on GPUs (and large maps on CPUs) without relative positions"
     if backend == "cpu":
         return f"available, the default for CPU tensors; vectors: {_native.capability()}"
     return "available" + (

@@ -16,6 +16,7 @@ constexpr int64_t HELD = 4 * STEP;
 
 // Queries of one image and head: whole lines of their map, and before the first the class token.
 struct Block {
+  int64_t head;               // of all images
   int64_t first_line, lines;  // of the map
   int64_t lead;               // class tokens, 0 or 1
   int64_t first, tokens;      // of the image
@@ -41,31 +42,29 @@ class Worker {
     for (int64_t x = (p_.keys.w - 1) / LANES<T> * LANES<T>; x < p_.keys.w; x++) ends_[x % LANES<T>] = 1;
   }
 
-  // Block `task` of all heads' blocks.
-  void forward(int64_t task) {
-    enter(task / p_.blocks(), task % p_.blocks(), false);
-    attend<T>(b_, block_.tokens, keys_, width_, weigh(), between_);
-    add_residual(b_.q);
-    if (b_.out.data == out_.data) scatter(p_.out, out_, block_.first, block_.tokens, 1);
+  // Blocks [begin, end) of all heads.
+  void forward(int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+      enter(locate(i), false);
+      attend<T>(b_, block_.tokens, keys_, width_, weigh(), between_);
+      add_residual(b_.q);
+      leave(p_.out);
+    }
   }
 
   // The parts of a share.
   void backward(const Partial& partial, int64_t share) {
     int64_t tasks = p_.batch * p_.heads * p_.parts(), terms = p_.terms_size * stride_;
+    int64_t begin = share * tasks / p_.shares(), end = (share + 1) * tasks / p_.shares();
     dterms_ = (T*)partial.dterms + share * terms;
     std::memset((void*)dterms_, 0, terms * sizeof(T));
-    for (int64_t task = share * tasks / p_.shares(); task < (share + 1) * tasks / p_.shares(); task++) {
-      int64_t head = task / p_.parts(), part = task % p_.parts();
+    for (int64_t task = begin; task < end; task++) {
       for (auto rows : {b_.dk, b_.dv}) std::memset((void*)rows.data, 0, keys_ * width_ * sizeof(T));
-      for (int64_t block = p_.first_block(part); block < p_.first_block(part + 1); block++) backward(head, block);
-      if (p_.parts() == 1) {
-        scatter(p_.dk, b_.dk, 0, keys_, T(p_.scale));
-        scatter(p_.dv, b_.dv, 0, keys_, 1);
-        continue;
+      for (int64_t i = first_block(task); i < first_block(task + 1); i++) {
+        enter(locate(i), true);
+        backward();
       }
-      for (int64_t which : {0, 1})
-        for (int64_t key = 0; key < keys_; key++)
-          copy_row(partial_of(partial, part, head, which).row(key), (which ? b_.dv : b_.dk).row(key), width_, T(1));
+      hand_over(partial, task);
     }
   }
 
@@ -79,7 +78,7 @@ class Worker {
           const T* row = partial_of(partial, part, head, which).row(key);
           for (int64_t d = 0; d < width_; d += LANES<T>) store(sum + d, load(sum + d) + load(row + d));
         }
-        S* to = row_of(which ? p_.dv : p_.dk, head / p_.heads, head % p_.heads, key);
+        S* to = row_of(which ? p_.dv : p_.dk, head, key);
         copy_row(to, sum, p_.head_dim, which ? T(1) : T(p_.scale));
       }
   }
@@ -87,8 +86,7 @@ class Worker {
  private:
   bool has(int axis) const { return p_.terms[axis].transposed; }
 
-  void backward(int64_t head, int64_t block) {
-    enter(head, block, true);
+  void backward() {
     gather(b_.dout, p_.dout, block_.first, block_.tokens, 1);
     auto reduce = [this](int64_t begin, int64_t rows) {
       for (int64_t i = 0; columns_ && i < rows; i++) reduce_row(begin + i, b_.dscores.row(i));
@@ -103,19 +101,29 @@ class Worker {
       multiply<T, true>(drel, rows_of(b_.q, run), dterms, p_.keys.of(run.axis), run.count, width_, true);
     });
     add_residual(b_.dout);
-    if (b_.out.data == out_.data) scatter(p_.dq, out_, block_.first, block_.tokens, 1);
+    leave(p_.dq);
+  }
+
+  // Block `index` of all heads.
+  Block locate(int64_t index) const {
+    int64_t head = index / p_.blocks(), block = index % p_.blocks(), lead = block == 0 ? p_.cls : 0;
+    int64_t line = p_.first_line(block), lines = p_.first_line(block + 1) - line;
+    return {head, line, lines, lead, p_.cls - lead + line * p_.queries.w, lead + lines * p_.queries.w};
+  }
+
+  // Of a part, among the blocks of all heads.
+  int64_t first_block(int64_t task) const {
+    return task / p_.parts() * p_.blocks() + p_.first_block(task % p_.parts());
   }
 
   // Gathers a block's queries, and takes the products with their terms; a head's keys and values where it begins.
-  void enter(int64_t head, int64_t block, bool backward) {
-    int64_t line = p_.first_line(block), lines = p_.first_line(block + 1) - line, lead = block == 0 ? p_.cls : 0;
-    int64_t first = block == 0 ? 0 : p_.cls + line * p_.queries.w;
-    if (head != head_) load_keys(head, backward);
-    block_ = {line, lines, lead, first, lead + lines * p_.queries.w};
-    const View& out = backward ? p_.dq : p_.out;
-    b_.q = in_place(p_.q), b_.out = in_place(out);
+  void enter(const Block& block, bool backward) {
+    bool another = block.head != block_.head;
+    block_ = block;
+    if (another) load_keys(backward);
+    b_.q = in_place(p_.q), b_.out = in_place(backward ? p_.dq : p_.out);
     if (!b_.out.data) b_.out = out_;
-    if (!b_.q.data || backward) gather(b_.q = q_, p_.q, first, block_.tokens, 1);
+    if (!b_.q.data || backward) gather(b_.q = q_, p_.q, block.first, block.tokens, 1);
     for_runs([&](const Run& run) {
       int64_t keys = p_.keys.of(run.axis), stride = padded_row<T>(keys);
       Matrix<T> terms{(T*)p_.terms[run.axis].transposed + run.coordinate * p_.head_dim * stride, stride};
@@ -123,8 +131,7 @@ class Worker {
     });
   }
 
-  void load_keys(int64_t head, bool backward) {
-    head_ = head;
+  void load_keys(bool backward) {
     gather(b_.k, p_.k, 0, keys_, T(p_.scale));
     gather(b_.v, p_.v, 0, keys_, 1);
     transpose_into<T>(b_.k_transposed, b_.k, keys_, width_);
@@ -207,13 +214,14 @@ class Worker {
         store(b_.out.row(i) + d, load(b_.out.row(i) + d) + load(from.row(i) + d));
   }
 
-  S* row_of(const View& view, int64_t image, int64_t head, int64_t token) const {
-    return (S*)view.data + (image * view.batch + head * view.head + token * view.x);
+  // head: of all images
+  S* row_of(const View& view, int64_t head, int64_t token) const {
+    return (S*)view.data + (head / p_.heads * view.batch + head % p_.heads * view.head + token * view.x);
   }
 
   void gather(Matrix<T> to, const View& from, int64_t first, int64_t count, T factor) {
     constexpr int64_t AHEAD = 8;  // rows: too far apart for the processor to foresee
-    const S* row = row_of(from, head_ / p_.heads, head_ % p_.heads, first);
+    const S* row = row_of(from, block_.head, first);
     for (int64_t i = 0; i < count; i++, row += from.x) {
       const char* ahead = (const char*)(row + AHEAD * from.x);
       for (int64_t byte = 0; byte < p_.head_dim * int64_t(sizeof(S)); byte += 64) __builtin_prefetch(ahead + byte);
@@ -224,13 +232,32 @@ class Worker {
   // The block's rows of a tensor, where they lie if nothing needs to be converted or padded; else none.
   Matrix<T> in_place(const View& view) const {
     if constexpr (std::is_same_v<S, T>)
-      if (p_.head_dim == width_) return {row_of(view, head_ / p_.heads, head_ % p_.heads, block_.first), view.x};
+      if (p_.head_dim == width_) return {row_of(view, block_.head, block_.first), view.x};
     return {nullptr, 0};
   }
 
   void scatter(const View& to, Matrix<T> from, int64_t first, int64_t count, T factor) {
-    S* row = row_of(to, head_ / p_.heads, head_ % p_.heads, first);
+    S* row = row_of(to, block_.head, first);
     for (int64_t i = 0; i < count; i++) copy_row(row + i * to.x, from.row(i), p_.head_dim, factor);
+  }
+
+  // A block's output, where it was not written in place.
+  void leave(const View& to) {
+    if (b_.out.data == out_.data) scatter(to, out_, block_.first, block_.tokens, 1);
+  }
+
+  // dk and dv of a part.
+  void hand_over(const Partial& partial, int64_t task) {
+    if (p_.parts() == 1) {
+      scatter(p_.dk, b_.dk, 0, keys_, T(p_.scale));
+      scatter(p_.dv, b_.dv, 0, keys_, 1);
+      return;
+    }
+    for (int64_t which : {0, 1})
+      for (int64_t key = 0; key < keys_; key++) {
+        T* to = partial_of(partial, task % p_.parts(), task / p_.parts(), which).row(key);
+        copy_row(to, (which ? b_.dv : b_.dk).row(key), width_, T(1));
+      }
   }
 
   Matrix<T> partial_of(const Partial& partial, int64_t part, int64_t head, int64_t which) const {
@@ -267,7 +294,7 @@ class Worker {
   int64_t offset_[3], columns_ = 0;  // of the products with terms
   int64_t held_ = 0, head_ = -1;     // rows of scores; the head that is loaded
   Workspace memory_;                 // above all, the padding of head_dim and of the keys is zero
-  Block block_{};
+  Block block_{-1};
   Buffers<T> b_{};
   Matrix<T> q_{}, out_{}, rel_{}, drel_{};
   T *starts_ = nullptr, *ends_ = nullptr, *dterms_ = nullptr;
@@ -276,8 +303,7 @@ class Worker {
 
 template <class S>
 void forward(const PooledAttention& problem, int64_t begin, int64_t end) {
-  Worker<S> worker(problem, false);
-  for (int64_t task = begin; task < end; task++) worker.forward(task);
+  Worker<S>(problem, false).forward(begin, end);
 }
 
 template <class S>

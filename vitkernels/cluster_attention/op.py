@@ -55,7 +55,8 @@ class _ClusterAttention(Function):
     """(out, statistic) from q, k, v or one packed qkv."""
 
     @staticmethod
-    def forward(*inputs):  # not spelt out: autograd inspects the signature at every call, and that takes its time
+    @_dispatch.with_signature
+    def forward(*inputs):
         backend, leaf_size, overlap, scale, check, order, *qkv = inputs
         q, k, v = _unpack(qkv)
         run = _dispatch.operator("cluster_attention_forward", backend, q.device)

@@ -56,7 +56,8 @@ class _PartitionAttention(Function):
     """(out, statistic) from q, k, v or one packed qkv; the bias as a table or as the 14 weights of its MLP."""
 
     @staticmethod
-    def forward(*inputs):  # not spelt out: autograd inspects the signature at every call, and that takes its time
+    @_dispatch.with_signature
+    def forward(*inputs):
         backend, geometry, scale, residual, bias, packed, *tensors = inputs
         qkv, mlp = (tensors[:1], tensors[1:]) if packed else (tensors[:3], tensors[3:])
         q, k, v = _unpack(qkv)

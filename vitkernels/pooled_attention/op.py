@@ -49,7 +49,8 @@ class _PooledAttention(Function):
     """(out, statistic) from q, k, v and the relative terms along time, height and width, any of which may be None."""
 
     @staticmethod
-    def forward(*inputs):  # not spelt out: autograd inspects the signature at every call, and that takes its time
+    @_dispatch.with_signature
+    def forward(*inputs):
         backend, geometry, *tensors = inputs
         run = _dispatch.operator("pooled_attention_forward", backend, tensors[0].device)
         return run(*tensors, *geometry)
@@ -119,6 +120,16 @@ def _check_rel_pos(rel_pos: object, q: Tensor, q_thw: tuple[int, ...]) -> tuple[
     return tuple(rel_pos)
 
 
+# Queries and keys of which there must be more on a CPU for PyTorch's attention to be faster than ours, which holds
+# whole rows of scores: MViTv1-B 16x4, forward and backward (docs/performance.md).
+_MANY = 1024
+
+
+def _plain(q: Tensor, k: Tensor) -> bool:
+    """Whether PyTorch's attention, which has no relative positions, is the better where there are none."""
+    return q.device.type == "cuda" or (q.device.type == "cpu" and min(q.shape[1], k.shape[1]) > _MANY)
+
+
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, has_cls: bool, residual: str, scale: float) -> Tensor:
     """The attention that has no relative positions, by PyTorch."""
     out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), scale=scale).transpose(1, 2)
@@ -165,8 +176,8 @@ def pooled_attention(
             down), or "slowfast" or "torchvision", in float32 as those libraries do.
         scale: multiplies ``q k^T``; ``head_dim ** -0.5`` if None.
         backend: "triton", "cpu", "sdpa" (without rel_pos: PyTorch's ``scaled_dot_product_attention``) or "reference";
-            None chooses by device, and "sdpa" on GPUs where there is no rel_pos. A backend that is asked for runs or
-            refuses.
+            None chooses by device, and without rel_pos "sdpa" on GPUs, and on CPUs for more than 1,024 queries and
+            keys. A backend that is asked for runs or refuses.
 
     Returns:
         ``[B, Nq, heads, head_dim]`` in q's dtype (autocast's dtype where autocast is on).
@@ -188,7 +199,7 @@ def pooled_attention(
     scale = _checks.check_scale(scale, q.shape[-1])
     q, k, v = (_checks.follow_autocast(x) for x in (q, k, v))
     positions = any(table is not None for table in tables)
-    if backend is None and q.device.type == "cuda" and not positions:
+    if backend is None and not positions and _plain(q, k):
         backend = "sdpa"
     backend = _dispatch.select(
         "pooled_attention", q.device, backend, lambda backend: _refusal(backend, q, positions), others=("sdpa",)

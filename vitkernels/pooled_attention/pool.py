@@ -58,7 +58,8 @@ class _PoolTokens(Function):
     """
 
     @staticmethod
-    def forward(*inputs):  # not spelt out: autograd inspects the signature at every call, and that takes its time
+    @_dispatch.with_signature
+    def forward(*inputs):
         backend, geometries, x, *parameters = inputs
         run = _dispatch.operator("pool_tokens_forward", backend, x.device)
         return tuple(
@@ -76,19 +77,23 @@ class _PoolTokens(Function):
     def backward(ctx, *douts):
         x, *parameters = ctx.saved_tensors
         run = _dispatch.operator("pool_tokens_backward", ctx.backend, x.device)
-        dx, gradients = x.new_empty(x.shape), []
-        for i, (dout, part, geometry) in enumerate(zip(douts, x.unbind(2), ctx.geometries)):
+        # Inductor drops the offset of a view that an operator writes to where it is symbolic
+        apart = torch.compiler.is_compiling()
+        dx = None if apart else x.new_empty(x.shape)
+        dparts = [x.new_empty(part.shape) for part in x.unbind(2)] if apart else dx.unbind(2)
+        gradients = []
+        for i, (dout, part, dpart, geometry) in enumerate(zip(douts, x.unbind(2), dparts, ctx.geometries)):
             if geometry is None:
-                dx[:, :, i] = dout
+                dpart.copy_(dout)
                 gradients += [None] * 3
                 continue
             weight, *norm = parameters[3 * i : 3 * i + 3]
             if dout.stride(-1) != 1:  # an expanded gradient, as of sum()
                 dout = dout.contiguous()
-            dweight, dnorm = run(dout, part, weight, *norm, *geometry, dx[:, :, i])
+            dweight, dnorm = run(dout, part, weight, *norm, *geometry, dpart)
             gradients.append(None if weight is None else dweight)
             gradients += [None, None] if norm[0] is None else dnorm.unbind(0)
-        return None, None, dx, *gradients
+        return None, None, torch.stack(dparts, 2) if apart else dx, *gradients
 
 
 def _refusal(backend: str, x: Tensor) -> str | None:
@@ -233,7 +238,8 @@ def _run(x: Tensor, plans: Sequence[_Plan | None], backend: str | None) -> Seque
         return [x.new_empty(x.shape[0], n, *x.shape[3:]) + zero for n in tokens]
     if backend == "reference":
         parts = zip(x.unbind(2), plans)
-        return [_reference(part, *plan.parameters, *plan.geometry) if plan else part for part, plan in parts]
+        outs = (_reference(part, *plan.parameters, *plan.geometry) if plan else part for part, plan in parts)
+        return [out.to(x.dtype) for out in outs]  # autocast has layer_norm return float32
     x = x if x.stride(-1) == 1 else x.contiguous()
     geometries = tuple(plan and plan.geometry for plan in plans)
     run = _PoolTokens.apply if torch.is_grad_enabled() else _PoolTokens.forward

@@ -37,7 +37,8 @@ class _DynamicPositionBias(Function):
     """The table from the 14 parameters."""
 
     @staticmethod
-    def forward(*inputs):  # not spelt out: autograd inspects the signature at every call, and that takes its time
+    @_dispatch.with_signature
+    def forward(*inputs):
         backend, residual, group, *mlp = inputs
         run = _dispatch.operator("dynamic_position_bias_forward", backend, mlp[0].device)
         return run(mlp, residual, *group)
