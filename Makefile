@@ -30,10 +30,11 @@ install: $(STAMP)
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(if $(TORCH),--system-site-packages) $(VENV)
 
-$(STAMP): pyproject.toml setup.py requirements-torch.txt $(wildcard csrc/*.h csrc/*/*) | $(filter $(VENV)/%,$(RUN))
+$(STAMP): pyproject.toml setup.py requirements-torch.txt requirements-peers.txt $(wildcard csrc/*.h csrc/*/*) | $(filter $(VENV)/%,$(RUN))
 	$(RUN) -c 'import torch' 2>/dev/null || $(RUN) -m pip install -r requirements-torch.txt
 	$(RUN) -m pip install 'setuptools>=77' wheel
 	VITKERNELS_NATIVE=1 $(RUN) -m pip install --no-build-isolation -e '.[dev]'
+	$(if $(TORCH),,$(RUN) -m pip show -q torchvision 2>/dev/null || $(RUN) -m pip install --no-deps -r requirements-peers.txt)
 	@mkdir -p $(dir $@) && touch $@
 
 test: install

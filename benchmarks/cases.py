@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import cluster_attention
 import partition_attention
+import pooled_attention
 from workload import Case
 
 from vitkernels import Partition
@@ -52,6 +53,34 @@ def _boat(name: str, size: int, heads: int, **batches: int) -> list[Case]:
     return [cluster_attention.Case(f"{name}-{k}", size, size, heads, kinds[k], cpu_batch=2, **batches) for k in kinds]
 
 
+def _mvit(name: str, side: int, heads: int, stride_q: int, stride_kv: int, **options: int) -> list[Case]:
+    """Pooling, attention of what is pooled, and both, of one layer."""
+    kinds = {
+        "pool": pooled_attention.Pooling,
+        "attend": pooled_attention.Attention,
+        "both": pooled_attention.PoolingAndAttention,
+    }
+    strides = {"stride_q": stride_q, "stride_kv": stride_kv}
+    return [pooled_attention.Case(f"{name}-{k}", side, side, heads, kinds[k], **strides, **options) for k in kinds]
+
+
+def _mvit_v1() -> list[Case]:
+    """MViTv1-B on 16 x 4 frames of 224 x 224 pixels: of equal blocks the first."""
+    blocks = ((0, 56, 1, 1, 8), (1, 56, 2, 2, 4), (3, 28, 4, 2, 2), (4, 14, 4, 1, 2), (14, 14, 8, 2, 1))
+    options = {"frames": 8, "cpu_batch": 1, "gpu_batch": 8}
+    return [case for block, *layer in blocks for case in _mvit(f"mvitv1-b-16x4-block{block}", *layer, **options)]
+
+
+def _mvit_v2() -> list[Case]:
+    """MViTv2-S on images of 224 x 224 pixels: the layers that enter a stage, and those inside."""
+    cases = []
+    for stage, stride_kv in enumerate((4, 2, 1, 1)):
+        name, side, heads = f"mvitv2-s-224-stage{stage + 1}", 56 >> stage, 1 << stage
+        cases += _mvit(f"{name}-first", 2 * side, heads, 2, stride_kv, cpu_batch=4) if stage else []
+        cases += _mvit(name, side, heads, 1, stride_kv, cpu_batch=4)
+    return cases
+
+
 SEVENS, INTERVALS = (7, 7, 7, 7), (8, 4, 2, 1)
 
 CASES: tuple[Case, ...] = (
@@ -64,6 +93,11 @@ CASES: tuple[Case, ...] = (
     # stage 4 is one leaf and has no such attention
     *(case for stage in range(3) for case in _boat(f"boat-swin-t-224-stage{stage + 1}", 56 >> stage, 3 << stage)),
     *_boat("boat-swin-t-384-stage1", 96, 3, gpu_batch=32),
+    *_mvit_v1(),
+    *_mvit_v2(),
 )
 
-QUICK = ("crossformer-s-224-stage1-sda", "crossformer-s-224-stage1-lda", "boat-swin-t-224-stage3-both")
+QUICK = (
+    *("crossformer-s-224-stage1-sda", "crossformer-s-224-stage1-lda"),
+    *("boat-swin-t-224-stage3-both", "mvitv2-s-224-stage3-both"),
+)

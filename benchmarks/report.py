@@ -64,9 +64,10 @@ SHOW: dict[str, Callable[[float], str]] = {
 TITLES = {"speedup": "vs eager", "gbps": "GB/s", "floor": "of floor", "memory": "peak memory"}
 EXPLANATION = (
     "vs eager: eager's median in the same run over this median. GB/s: what a fused operator must move (4 tensors of\n"
-    "tokens x channels forward, 7 backward; clustering 1; an order of tokens where it is read or written) over the\n"
-    "median. of floor: how much of the copy bandwidth above that is; past 100 % a cache served it. peak memory: most\n"
-    "bytes of tensors alive at once, results included, inputs not."
+    "tokens x channels forward, 7 backward; clustering 1; an order of tokens where it is read or written; MViT, whose\n"
+    "tensors differ in length: inputs and outputs, backward inputs twice and outputs) over the median. of floor: how\n"
+    "much of the copy bandwidth above that is; past 100 % a cache served it. peak memory: most bytes of tensors alive\n"
+    "at once, results included, inputs not."
 )
 
 

@@ -175,9 +175,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     backends = f"contenders beside eager, of {', '.join(known)}; those that suit the device"
     what.add_argument("--backend", nargs="+", choices=known, metavar="NAME", help=backends)
     what.add_argument("--batch", type=int, help="images; the default is each case's own")
-    what.add_argument(
-        "--quick", action="store_true", help="CrossFormer-S stage 1 and BOAT stage 3, briefly: under a minute"
-    )
+    what.add_argument("--quick", action="store_true", help="a layer or two of CrossFormer, BOAT and MViT, briefly")
     what.add_argument("--list", action="store_true", help="print the cases and stop")
     how = parser.add_argument_group("how")
     how.add_argument("--device", choices=("cpu", "cuda"), help="cuda if there is one")

@@ -7,6 +7,7 @@ as a program, in a process of its own (Triton either interprets or compiles), it
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -127,11 +128,42 @@ def clusters(case: Leaves) -> Callable[[], object]:
     return call
 
 
+class Maps(NamedTuple):
+    """Queries and keys on maps of tokens, with a table for every axis that has a length."""
+
+    q_thw: tuple[int, int, int]
+    k_thw: tuple[int, int, int]
+    cls: int
+    head_dim: int
+    dtype: str
+
+
+def pooled(case: Maps) -> Callable[[], object]:
+    """A forward and a backward of pooled attention."""
+    from vitkernels.pooled_attention import kernels
+
+    dtype = getattr(torch, case.dtype)
+    q, k = (torch.empty(2, math.prod(n) + case.cls, 4, case.head_dim, dtype=dtype) for n in (case.q_thw, case.k_thw))
+    lengths = zip(case.q_thw, case.k_thw)
+    terms = [torch.empty(a, b, case.head_dim) if a * b > 1 else None for a, b in lengths]
+    geometry = *case[:2], bool(case.cls), 1, 0.2
+
+    def call() -> None:
+        out, statistic = kernels.pooled_attention_forward(q, k, k, *terms, *geometry)
+        kernels.pooled_attention_backward(out, q, k, k, *terms, statistic, *geometry)
+
+    return call
+
+
+KINDS = {"leaves": (clusters, Leaves), "keys": (pooled, Maps)}  # by a word of the case's name
+
 if __name__ == "__main__":
     capability, cases = int(sys.argv[1]), json.loads(sys.argv[2])
     found = {}
     for name, case in cases.items():
-        call = clusters(Leaves(*case)) if "leaves" in name else attention(Case(*case))
-        compiled = compile_launches(call, capability)
-        found[name] = {kernel.name.strip("_"): resources(kernel) for kernel in compiled}
+        build, kind = next((pair for word, pair in KINDS.items() if word in name), (attention, Case))
+        found[name] = {}
+        for kernel in compile_launches(build(kind(*case)), capability):  # the most that any launch of a kernel takes
+            taken = found[name].setdefault(kernel.name.strip("_"), {})
+            taken.update({key: max(n, taken.get(key, 0)) for key, n in resources(kernel).items()})
     print(json.dumps(found))

@@ -53,6 +53,21 @@ def poison():
 
 
 @pytest.fixture(scope="session")
+def torchvision():
+    """torchvision. Beside a CPU build of torch its wheel lacks its operators, whose names are all that its import
+    needs.
+    """
+    try:
+        module = pytest.importorskip("torchvision")
+    except RuntimeError:  # operator torchvision::nms does not exist
+        library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor boxes, Tensor scores, float iou_threshold) -> Tensor")
+        module = pytest.importorskip("torchvision")
+    yield module  # with which the library lives
+
+
+@pytest.fixture(scope="session")
 def golden():
     """Loader of golden vectors from the folder named by VITKERNELS_GOLDEN: (meta, tensors in float32)."""
     folder = os.environ.get("VITKERNELS_GOLDEN")

@@ -28,6 +28,9 @@ EVERYWHERE = {  # as Case of aot.py: group side, head_dim, dtype, shift, whether
     "leaves of 49, fp16, 64": (49, 20, 64, "float16"),
     "leaves of 72, bf16, 32": (72, 20, 32, "bfloat16"),
     "leaves of 72, fp16, 64": (72, 20, 64, "float16"),
+    # as Maps of aot.py: maps of queries and of keys, class token, head_dim, dtype
+    "3136 queries, 196 keys, bf16, 96": ((1, 56, 56), (1, 14, 14), 0, 96, "bfloat16"),
+    "1569 queries, 393 keys, bf16, 96": ((8, 14, 14), (8, 7, 7), 1, 96, "bfloat16"),
 }
 ON_TWO = {
     "16 tokens, bf16, 32": (4, 32, "bfloat16"),
@@ -44,6 +47,11 @@ ON_TWO = {
     "leaves of 49, fp32, 32": (49, 20, 32, "float32"),
     "leaves of 64, bf16, 32": (64, 20, 32, "bfloat16"),
     "leaves of 72, bf16, 96": (72, 20, 96, "bfloat16"),
+    "1569 queries, 1569 keys, bf16, 96": ((8, 14, 14), (8, 14, 14), 1, 96, "bfloat16"),
+    "8001 queries, 2001 keys, bf16, 72": ((20, 20, 20), (20, 10, 10), 1, 72, "bfloat16"),
+    "784 queries, 196 keys, fp16, 64": ((1, 28, 28), (1, 14, 14), 0, 64, "float16"),
+    "784 queries, 196 keys, bf16, 128": ((1, 28, 28), (1, 14, 14), 0, 128, "bfloat16"),
+    "196 queries, 196 keys, fp32, 96": ((1, 14, 14), (1, 14, 14), 0, 96, "float32"),
 }
 
 
@@ -53,6 +61,11 @@ SPILLED = {  # bytes of a thread; 0 where nothing stands
     (89, "196 tokens, bf16, 96", "streamed_attention_backward_query"): 16,
     (89, "196 tokens, bf16, 96", "streamed_attention_backward_key"): 8,
     (120, "196 tokens, bf16, 96", "streamed_attention_backward_key"): 8,
+    (100, "1569 queries, 393 keys, bf16, 96", "relative_gradients"): 16,
+    (80, "196 queries, 196 keys, fp32, 96", "attention_forward"): 248,  # products without tensor cores
+    (80, "196 queries, 196 keys, fp32, 96", "attention_backward_query"): 352,
+    (90, "196 queries, 196 keys, fp32, 96", "attention_forward"): 272,
+    (90, "196 queries, 196 keys, fp32, 96", "attention_backward_query"): 376,
 }
 
 

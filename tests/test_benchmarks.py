@@ -33,12 +33,16 @@ PARTITIONS = {
     "stripes": (6, 5, Partition.stripes(2)),
 }
 
+MVIT = ("v1-b-16x4-block0", "v1-b-16x4-block3", "v2-s-224-stage1", "v2-s-224-stage3-first", "v2-s-224-stage4")
+KINDS = ("pool", "attend", "both")
+
 
 @pytest.fixture
 def bench(monkeypatch):
     """The modules of benchmarks/, which run as scripts."""
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
-    names = ("workload", "partition_attention", "cluster_attention", "cases", "measure", "report", "run")
+    kinds = ("partition_attention", "cluster_attention", "pooled_attention")
+    names = ("workload", *kinds, "cases", "measure", "report", "run")
     return SimpleNamespace(**{name: importlib.import_module(name) for name in names})
 
 
@@ -57,6 +61,19 @@ def boat(bench, monkeypatch):
     # as many levels and heads
     small = {"width": 3, "leaf_size": 3, "overlap": 2, "cpu_batch": 1, "head_dim": 8}
     return with_cases(bench, monkeypatch, *(replace(case, height=1 << case.levels, **small) for case in cases))
+
+
+@pytest.fixture
+def mvit(bench, monkeypatch):
+    """The benchmark with layers of every kind of MViT, but small ones."""
+    cases = [case for case in bench.cases.CASES if case.name.removeprefix("mvit").rpartition("-")[0] in MVIT]
+    return with_cases(bench, monkeypatch, *(small_mvit(case) for case in cases))
+
+
+def small_mvit(case):
+    """With two frames, and a seventh of each side."""
+    sides = {"height": case.height // 7, "width": case.width // 7}
+    return replace(case, **sides, frames=case.frames and 2, head_dim=8, cpu_batch=1)
 
 
 def with_cases(bench, monkeypatch, *cases):
@@ -118,7 +135,7 @@ def test_cases_are_layers_of_the_models(bench):
     assert len(cases) == len(bench.cases.CASES)
     assert set(bench.cases.QUICK) <= cases.keys()
     for case in cases.values():
-        assert case.head_dim == 32
+        assert case.head_dim == (96 if case.name.startswith("mvit") else 32)
         assert all(str(size) in case.describe() for size in (case.height, case.width, case.heads))
     partitions = {k: c for k, c in cases.items() if isinstance(c, bench.partition_attention.Case)}
     for case in partitions.values():
@@ -155,6 +172,32 @@ def test_cases_of_boat(bench, layer, size, heads, levels, leaf, gpu_batch):
         assert case.kind.modes == (("fwd",) if step == "cluster" else ("fwd", "bwd", "full"))
     with pytest.raises(ValueError, match="not several leaves of one size"):
         replace(case, height=14, width=15)
+
+
+@pytest.mark.parametrize(
+    "layer, heads, queries, keys, pools",
+    [
+        ("v1-b-16x4-block0", 1, 25089, 393, 2),
+        ("v1-b-16x4-block1", 2, 6273, 1569, 3),
+        ("v1-b-16x4-block3", 4, 1569, 1569, 3),
+        ("v1-b-16x4-block4", 4, 1569, 393, 2),
+        ("v1-b-16x4-block14", 8, 393, 1569, 3),
+        ("v2-s-224-stage1", 1, 3136, 196, 3),
+        ("v2-s-224-stage2-first", 2, 784, 784, 3),
+        ("v2-s-224-stage2", 2, 784, 196, 3),
+        ("v2-s-224-stage3-first", 4, 196, 784, 3),
+        ("v2-s-224-stage3", 4, 196, 196, 3),
+        ("v2-s-224-stage4-first", 8, 49, 196, 3),
+        ("v2-s-224-stage4", 8, 49, 49, 3),
+    ],
+)
+def test_cases_of_mvit(bench, layer, heads, queries, keys, pools):
+    cases = {case.name: case for case in bench.cases.CASES}
+    for step in KINDS:
+        case = cases[f"mvit{layer}-{step}"]
+        assert (case.heads, case.queries, case.keys, 2 + case.pools_queries) == (heads, queries, keys, pools)
+        assert (case.batch("cpu"), case.batch("cuda")) == ((1, 8) if layer.startswith("v1") else (4, 128))
+    assert len([name for name in cases if name.startswith("mvit")]) == 3 * 12
 
 
 def test_quick_run_writes_json_and_csv(tiny, tmp_path, capsys):
@@ -253,12 +296,14 @@ def test_gate_accepts_every_cluster_baseline(bench, kind, dtype):
         assert objection_to(workload.build(name)) is None, name
 
 
-def has_cpu_kernels() -> bool:
-    names = ("balanced_clusters", "cluster_attention_forward", "cluster_attention_backward")
+def has_cpu_kernels(*names: str) -> bool:
     return all(torch._C._dispatch_has_kernel_for_dispatch_key(f"vitkernels::{name}", "CPU") for name in names)
 
 
-CPU = pytest.param("cpu", marks=pytest.mark.skipif(not has_cpu_kernels(), reason="the C++ library was not built"))
+BOAT_OPERATORS = ("balanced_clusters", "cluster_attention_forward", "cluster_attention_backward")
+CPU = pytest.param(
+    "cpu", marks=pytest.mark.skipif(not has_cpu_kernels(*BOAT_OPERATORS), reason="the C++ library was not built")
+)
 
 
 @pytest.mark.parametrize("backend", ["reference", CPU])
@@ -309,6 +354,126 @@ def test_gate_refuses_wrong_clusters_and_wrong_attention(bench, method, spoil, r
         assert reason in objection_to(contender)
 
 
+def mvit_workload(bench, layer: str, kind: str, dtype: torch.dtype = torch.float32):
+    case = small_mvit(next(case for case in bench.cases.CASES if case.name == f"mvit{layer}-{kind}"))
+    return case.kind.random(case, 2, torch.device("cpu"), dtype)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layer", MVIT)
+def test_mvit_baseline_equals_reference(bench, layer, kind):
+    workload = mvit_workload(bench, layer, kind, torch.float64).double()
+    expected = workload.tensors(workload.build("vitkernels-reference"), gradients=True)
+    assert len(expected) == {"pool": 6, "attend": 4, "both": 4}[kind] + (layer.startswith("v2") and kind != "pool")
+    for name in workload.baselines.keys() - {"compile"}:
+        torch.testing.assert_close(workload.tensors(workload.build(name), gradients=True), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layer", MVIT)
+def test_gate_accepts_every_mvit_baseline(bench, layer, kind, dtype):
+    workload = mvit_workload(bench, layer, kind, dtype)
+    objection_to = workload.gate(gradients=True)
+    for name in workload.baselines.keys() - {"compile"}:
+        assert objection_to(workload.build(name)) is None, name
+
+
+MVIT_OPERATORS = [f"{name}_{way}" for name in ("pool_tokens", "pooled_attention") for way in ("forward", "backward")]
+MVIT_CPU = pytest.param(
+    "cpu", marks=pytest.mark.skipif(not has_cpu_kernels(*MVIT_OPERATORS), reason="the C++ library was not built")
+)
+
+
+@pytest.mark.parametrize("backend", ["reference", MVIT_CPU])
+def test_every_mvit_case_runs(mvit, tmp_path, backend):
+    status, results = start(mvit, tmp_path, "--backend", "sdpa", "eager-unbind", backend, "--threads", "1")
+    assert status == 0 and results["complete"]
+    cases = {case.name: case for case in mvit.run.CASES}
+    assert {row["case"] for row in results["rows"]} == cases.keys()
+    for row in results["rows"]:
+        case, kind = cases[row["case"]], row["case"].split("-")[-1]
+        if (kind, row["contender"]) in (("pool", "sdpa"), ("attend", "eager-unbind")):
+            assert (row["status"], row["reason"]) == ("skipped", "no baseline of this operator")
+            continue
+        assert row["status"] == "ok" and row["gbps"] == pytest.approx(moved(case, kind, row["mode"]) / row["ms"] / 1e6)
+    assert len(results["rows"]) == 4 * 15 * 2
+
+
+def moved(case, kind: str, mode: str) -> int:
+    """Bytes of float32 numbers that a layer of one image reads and writes."""
+    queries, keys, packed = (n * case.dim for n in (case.queries, case.keys, 3 * case.tokens))
+    axes = 2 if case.frames is None else 3
+    weights = (2 + case.pools_queries) * (3**axes + 2) * 8  # of convolutions and norms
+    tables = sum(2 * max(axis) - 1 for axis in zip(case.q_thw, case.k_thw)) * 8 if case.frames is None else 0
+    read = {"pool": packed + weights, "attend": queries + 2 * keys + tables, "both": packed + weights + tables}[kind]
+    written = queries + 2 * keys if kind == "pool" else queries
+    untouched = queries if kind == "pool" and not case.pools_queries else 0
+    forward, backward = read + written - 2 * untouched, 2 * read + written - untouched
+    return 4 * (forward if mode == "fwd" else forward + backward)
+
+
+class _WrongGradientOfOne(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, *others):
+        return x.clone(), *(y.clone() for y in others)
+
+    @staticmethod
+    def backward(ctx, grad, *others):
+        return grad * 1.001, *others
+
+
+WRONG_MVIT = {
+    "queries": ("pool", lambda xs: (xs[0] * 1.001, *xs[1:]), "queries is off"),
+    "values": ("pool", lambda xs: (*xs[:2], xs[2] * 1.001), "values is off"),
+    "gradient": ("pool", lambda xs: _WrongGradientOfOne.apply(*xs), "qkv gradient is off"),
+    "output": ("attend", lambda out: out * 1.001, "output is off"),
+    "gradient of q": ("attend", _WrongGradient.apply, "q gradient is off"),
+    "output of both": ("both", lambda out: out * 1.001, "output is off"),
+    "gradient of both": ("both", _WrongGradient.apply, "qkv gradient is off"),
+}
+
+
+@pytest.mark.parametrize("kind, spoil, reason", WRONG_MVIT.values(), ids=WRONG_MVIT)
+@pytest.mark.parametrize("layer", ["v1-b-16x4-block0", "v2-s-224-stage1"])
+def test_gate_refuses_wrong_pooling_and_wrong_pooled_attention(bench, layer, kind, spoil, reason):
+    workload = mvit_workload(bench, layer, kind)
+    objection_to = workload.gate(gradients=True)
+    for name in ("vitkernels-reference", *(workload.baselines.keys() - {"compile"})):
+        contender = workload.build(name)
+        assert objection_to(contender) is None
+        right = getattr(contender, kind)
+        setattr(contender, kind, lambda *inputs, right=right: spoil(right(*inputs)))
+        assert reason in objection_to(contender), name
+
+
+def test_baselines_may_round_as_eager_does_but_vitkernels_may_not(bench, monkeypatch):
+    def rounded(right):
+        """``right`` with results as coarse as float16's, of float32 alone."""
+        coarse = lambda x: x + (x.half().float() - x).detach() if x.dtype == torch.float32 else x  # noqa: E731
+        return lambda *inputs: tuple(map(coarse, right(*inputs)))
+
+    for baseline in (bench.pooled_attention.Eager, bench.pooled_attention.EagerUnbind):
+        monkeypatch.setattr(baseline, "pool", rounded(baseline.pool))
+    workload = mvit_workload(bench, "v2-s-224-stage1", "pool")
+    objection_to, ours = workload.gate(gradients=True), workload.build("vitkernels-reference")
+    for contender in (ours, *map(workload.build, ("eager", "eager-unbind"))):
+        assert objection_to(contender) is None
+    ours.pool = rounded(ours.pool)
+    assert "queries is off" in objection_to(ours)
+
+
+def test_a_wrong_eager_is_refused(bench, monkeypatch):
+    eager = bench.pooled_attention.Eager
+    right = eager._norm
+    monkeypatch.setattr(eager, "_norm", lambda self, x, pool: right(self, x, pool) * 1.001)
+    for kind in ("pool", "both"):
+        workload = mvit_workload(bench, "v2-s-224-stage1", kind)
+        objection_to = workload.gate(gradients=True)
+        assert "is off" in objection_to(workload.build("eager"))
+        assert objection_to(workload.build("vitkernels-reference")) is None
+
+
 def test_gate_lets_few_tokens_change_their_leaf(bench):
     """Near ties may; but clusters of features rounded to 16 bits differ too much."""
     case = next(case for case in bench.cases.CASES if case.name == "boat-swin-t-224-stage2-cluster")
@@ -330,6 +495,9 @@ def test_a_case_has_the_contenders_and_passes_of_its_operator(bench, capsys):
     assert names["boat-swin-t-224-stage1-cluster"] == ["eager", "eager-unbind", "compile", "vitkernels-cuda"]
     for kind in ("attend", "both"):
         assert names[f"boat-swin-t-224-stage1-{kind}"] == [*baselines, "vitkernels-triton"]
+    assert names["mvitv2-s-224-stage1-pool"] == ["eager", "eager-unbind", "compile", "vitkernels-triton"]
+    assert names["mvitv2-s-224-stage1-attend"] == ["eager", "sdpa", "compile", "vitkernels-triton"]
+    assert names["mvitv1-b-16x4-block0-both"] == [*baselines, "vitkernels-triton"]
     assert bench.run.main(["--case", "boat-*-cluster", "--mode", "bwd"]) == 2
     assert "bwd" in capsys.readouterr().err
 

@@ -15,13 +15,16 @@ FILES = sorted(
 # what a file may import from the package, by its name within its folder; a folder is an operator
 ALLOWED = {
     "__init__": {"_dispatch", "partition", "module", "op", "clusters", "reference"}
-    | {"position_bias", "partition_attention", "cluster_attention"},
+    | {"position_bias", "partition_attention", "cluster_attention", "pooled_attention", "pool"},
     "__main__": {"", "_dispatch"},
-    "module": {"_checks", "_layer", "partition", "tree", "op", "clusters", "reference", "position_bias"},
-    "op": {"_checks", "_dispatch", "partition", "tree", "clusters", "reference", "kernels"},
+    "module": {"_checks", "_layer", "partition", "tree", "op", "clusters", "pool", "reference", "position_bias"},
+    "op": {"_checks", "_dispatch", "partition", "tree", "clusters", "pool", "reference", "kernels"},
     "clusters": {"_checks", "_dispatch", "reference"},
-    "kernels": {"_triton", "tree", "position_bias.kernels", "streamed"},
-    "streamed": {"_triton", "tree"},
+    "pool": {"_checks", "_dispatch", "reference", "pool_kernels"},
+    "kernels": {"_triton", "tree", "position_bias.kernels", "streamed", "positions"},
+    "pool_kernels": {"_triton"},
+    "positions": {"_triton"},
+    "streamed": {"_triton", "tree", "positions"},
     "reference": {"partition", "tree"},
     "_layer": {"_checks"},
     "_triton": set(),
@@ -31,6 +34,7 @@ ALLOWED = {
     "partition": set(),
     "tree": set(),
 }
+KERNELS = {"_triton", "kernels", "streamed", "pool_kernels", "positions"}  # may import triton
 
 
 def imports(module: str):
@@ -58,14 +62,14 @@ def test_direction(module):
     own = module.rsplit(".", 1)[0]
     for imported, lazy in imports(module):
         if imported.split(".")[0] == "triton":
-            assert name in ("kernels", "streamed", "_triton"), f"{module} imports triton"
+            assert name in KERNELS, f"{module} imports triton"
         if imported.split(".")[0] != "vitkernels":
             continue
         short = imported.removeprefix("vitkernels.").removeprefix(own.removeprefix("vitkernels.") + ".")
         known = short in ALLOWED[name] or (name in ("__init__", "__main__") and "." not in short)
         assert known, f"{module} imports {imported}"
-        if short == "kernels":
-            assert lazy, f"{module} imports kernels when it is imported"
+        if short in KERNELS and name not in KERNELS:
+            assert lazy, f"{module} imports {short} when it is imported"
 
 
 def test_importing_the_package_imports_no_triton():

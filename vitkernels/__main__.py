@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from . import Partition, _dispatch, balanced_clusters, cluster_attention, info, partition_attention
+from . import (
+    Partition,
+    _dispatch,
+    balanced_clusters,
+    cluster_attention,
+    info,
+    partition_attention,
+    pool_tokens,
+    pooled_attention,
+)
 
 
 def _gradients(attend: Callable, leaves: list[Tensor], cotangent: Tensor) -> list[Tensor]:
@@ -40,10 +50,31 @@ def _order(dtype: torch.dtype, device: str, backend: str) -> list[Tensor]:
     return [order.cpu().unflatten(2, (4, 49)).sort(-1).values.double()]
 
 
+def _pool(dtype: torch.dtype, device: str, backend: str) -> list[Tensor]:
+    """A convolution of a video with a class token whose map the stride does not divide, and its norm."""
+    x, cotangent = (torch.randn(2, n + 1, 2, 32).to(device, dtype) for n in (2 * 9 * 7, 2 * 5 * 4))
+    weight, norm = torch.randn(32, 1, 3, 3, 3).to(device, dtype), torch.randn(2, 32).to(device, dtype)
+    options = {"thw": (2, 9, 7), "stride": (1, 2, 2), "has_cls": True, "backend": backend}
+    pool = lambda x, weight, norm: pool_tokens(x, weight, *norm, **options)[0]  # noqa: E731
+    return _gradients(pool, [x, weight, norm], cotangent)
+
+
+def _pooled(dtype: torch.dtype, device: str, backend: str, lengths: tuple[int, ...] = (3, 15, 11)) -> list[Tensor]:
+    """Queries on a video of 2 x 8 x 6 tokens, keys on one of 2 x 4 x 3, class tokens; tables of those lengths."""
+    q, cotangent, k, v = (torch.randn(2, n + 1, 2, 32).to(device, dtype) for n in (96, 96, 24, 24))
+    tables = [torch.randn(rows, 32).to(device, dtype) for rows in lengths]
+    options = {"q_thw": (2, 8, 6), "k_thw": (2, 4, 3), "has_cls": True, "residual": "all_but_cls", "backend": backend}
+    attend = lambda q, k, v, *tables: pooled_attention(q, k, v, rel_pos=tables or None, **options)  # noqa: E731
+    return _gradients(attend, [q, k, v, *tables], cotangent)
+
+
 CHECKS = {
     "partition_attention": (_partition, ("triton", "cpu")),
     "cluster_attention": (_cluster, ("triton", "cpu")),
     "balanced_clusters": (_order, ("cuda", "cpu")),
+    "pool_tokens": (_pool, ("triton", "cpu")),
+    "pooled_attention": (_pooled, ("triton", "cpu")),
+    "pooled_no_rel_pos": (partial(_pooled, lengths=()), ("triton", "cpu", "sdpa")),
 }
 
 

@@ -112,10 +112,10 @@ class MultiScaleAttention(nn.Module):
         return kind(self.head_dim, self.head_dim, kernel, stride, padding, groups=self.head_dim, bias=False)
 
     def _table_lengths(self, size: tuple[int, ...]) -> list[int]:
-        """Rows for all distances between queries and keys; height and width, of the longer of the two."""
-        longest = [*size[:-2], max(size[-2:]), max(size[-2:])]
-        strides = zip(longest, self.stride_q, self.stride_kv)
-        return [2 * max(1, n // q, n // kv) - 1 for n, q, kv in strides]
+        """Rows of the official tables: height and width for the longer side, time as if it were not pooled."""
+        side = max(size[-2:])
+        longest = max(1, side // self.stride_q[1], side // self.stride_kv[1])
+        return [2 * n - 1 for n in (*size[:-2], longest, longest)]
 
     def _pool(self, name: str, kernel: tuple[int, ...], stride: tuple[int, ...]) -> Pool | None:
         if math.prod(kernel) * math.prod(stride) == 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -30,9 +31,9 @@ def pool_tokens(
     x = rearrange(x, "b (t h w) n d -> (b n) d t h w", t=thw[0], h=thw[1])
     if maximum:
         x = F.max_pool3d(x, kernel, stride, padding)
-    elif weight is None:
-        wide = torch.promote_types(x.dtype, torch.float32)  # what avg_pool3d has on a CPU
-        x = F.avg_pool3d(x.to(wide), kernel, stride, padding).to(x.dtype)
+    elif weight is None:  # not avg_pool3d, which refuses maps smaller than the window, and 16 bits on a CPU
+        ones = x.new_ones(head_dim, 1, *kernel)
+        x = F.conv3d(x, ones, stride=stride, padding=padding, groups=head_dim) / math.prod(kernel)
     else:
         taps = weight.to(x.dtype).view(head_dim, 1, *kernel)
         x = F.conv3d(x, taps, stride=stride, padding=padding, groups=head_dim)
