@@ -474,7 +474,7 @@ QKV = torch.randn(2, 14, 14, 3, 3, 32)
         (
             lambda: partition_attention(Q, Q, Q, Partition(7), backend="fast"),
             ValueError,
-            "backend must be one of triton, cuda, cpu, reference or None, got 'fast'",
+            "backend must be one of triton, cuda, cpu, sdpa, reference or None, got 'fast'",
         ),
         (
             lambda: partition_attention_qkvpacked(Q, Partition(7)),

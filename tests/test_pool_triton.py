@@ -84,11 +84,11 @@ SHAPES = {  # thw, kernel, stride, padding, has_cls; a tile has 16 runs of 4 tok
     "even kernel": ((4, 6), (2, 4), (1, 2), None, False),
     "no padding": ((4, 6), (3, 3), 1, 0, False),
     "one tap": ((3, 4), (1, 1), 1, None, False),
-    "volume": ((2, 3, 5), (3, 3, 3), 1, None, True),
-    "volume, strides": ((3, 3, 4), (3, 2, 3), (2, 1, 2), None, False),
+    "volume": ((2, 3, 4), (3, 3, 3), 1, None, True),
+    "volume, strides": ((3, 2, 4), (3, 2, 3), (2, 1, 2), None, False),
     "nine taps at stride 8": ((1, 17), (1, 9), (1, 8), None, True),
-    "eleven taps": ((1, 9), (1, 11), 1, None, False),
-    "twelve taps at stride 2": ((1, 9), (1, 12), (1, 2), None, False),
+    "ten taps": ((1, 5), (1, 10), 1, None, False),
+    "ten taps at stride 2": ((1, 6), (1, 10), (1, 2), None, False),
 }
 
 
@@ -102,35 +102,39 @@ def test_shapes(shape, device):
 @pytest.mark.parametrize("mode", ["conv", "max", "avg"])
 def test_modes(mode, has_cls, norm, device):
     dtype = torch.bfloat16 if has_cls else torch.float32
-    check((3, 5), (3, 3), (1, 2), dtype, device, mode=mode, has_cls=has_cls, norm=norm, heads=2)
+    check((3, 5), (3, 3), (1, 2), dtype, device, mode=mode, has_cls=has_cls, norm=norm)
 
 
 @pytest.mark.parametrize("mode", ["max", "avg"])
 def test_modes_on_volumes(mode, device):
-    check((2, 3, 5), (2, 3, 2), (1, 2, 1), torch.float16, device, mode=mode, has_cls=True, norm=mode == "avg")
+    check((2, 3, 4), (2, 3, 2), (1, 2, 1), torch.float16, device, mode=mode, has_cls=True, norm=mode == "avg")
 
 
 @pytest.mark.parametrize("head_dim", [8, 24, 32, 72, 96])
 def test_head_dims(head_dim, device):
-    check((3, 5), (3, 3), 1, torch.bfloat16, device, has_cls=True, head_dim=head_dim)
+    check((2, 5), (2, 3), 1, torch.bfloat16, device, has_cls=True, head_dim=head_dim)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-def test_images_and_heads(dtype, device):
-    check((2, 5), (3, 3), (2, 1), dtype, device, has_cls=True, heads=3, head_dim=24, batch=2)
+def test_parts_of_a_head_in_float32_and_of_the_maximum(device):
+    check((2, 5), (2, 3), 1, torch.float32, device, head_dim=72)
+    check((2, 3), (2, 2), 1, torch.float16, device, mode="max", head_dim=96)
+
+
+def test_images_and_heads(device):
+    check((2, 3), (2, 2), (2, 1), torch.float16, device, has_cls=True, heads=3, head_dim=8, batch=2)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="the compiled kernels have no float64")
 @pytest.mark.parametrize("mode", ["conv", "max", "avg"])
 def test_float64(mode, device):
-    check((2, 3, 5), (2, 3, 3), (1, 2, 1), torch.float64, device, mode=mode, has_cls=True)
+    check((2, 3, 4), (2, 2, 3), (1, 2, 1), torch.float64, device, mode=mode, has_cls=True)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="the compiled kernels have no float64")
 @pytest.mark.parametrize("mode", ["conv", "max"])
 def test_gradcheck(mode):
-    arguments = (3, 4), (3, 2), (1, 2), None, mode, True, True
-    inputs = [x.requires_grad_() for x in random_inputs((3, 4), (3, 2), 1, 8, mode, True, True)]
+    arguments = (2, 4), (2, 3), (1, 2), None, mode, True, True
+    inputs = [x.requires_grad_() for x in random_inputs((2, 4), (2, 3), 1, 8, mode, True, True)]
     torch.autograd.gradcheck(pooling("triton", *arguments), inputs, fast_mode=True, check_undefined_grad=False)
 
 
@@ -176,29 +180,33 @@ def test_small_integers_are_exact(mode, device):
 @pytest.mark.parametrize("maximum", [False, True])
 def test_strides(maximum, device):
     """Rows that are not aligned, a third of a projection, gradients that heads share; nothing is copied."""
-    x, weight, norm, dout = run_inputs(device, batch=2, heads=2)
+    geometry = [1, 2, 3], [1, 2, 2], [1, 1, 1], [0, 1, 0]
+    x, weight, norm, dout = run_inputs(device, batch=2, heads=2, geometry=geometry)
     weight, dout = None if maximum else weight, dout[:, :, :1].expand(-1, -1, 2, -1)
-    expected = run(x, weight, norm, dout.contiguous(), maximum)
+    expected = run(x, weight, norm, dout.contiguous(), maximum, geometry=geometry)
     wide = x.new_zeros(2, x.shape[1], 2, 11)
     wide[..., 1:9] = x
     packed = torch.stack((x, x, x), 2).transpose(0, 1).contiguous().transpose(0, 1)
     for y in (wide[..., 1:9], packed[:, :, 1]):
         buffer = torch.full_like(packed, 7.0)
-        for a, b in zip(run(y, weight, norm, dout, maximum, dx=buffer[:, :, 1]), expected):
+        for a, b in zip(run(y, weight, norm, dout, maximum, True, geometry, buffer[:, :, 1]), expected):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
         assert (buffer[:, :, ::2] == 7).all()
 
 
 @pytest.mark.parametrize("maximum", [False, True])
 def test_nan_stays_in_its_windows_and_head(maximum, device):
-    """Column 2 of the last line: seen by the windows of lines 1 and 2 that hold it."""
+    """A NaN in column 2 of the last line, which the middle windows of lines 1 and 2 see."""
     x, weight, norm, dout = run_inputs(device, heads=2)
+    weight = None if maximum else weight
     x[0, 1 + 2 * 5 + 2, 0, 3] = float("nan")
-    out, dx, *_ = (y.cpu() for y in run(x, None if maximum else weight, norm, dout, maximum))
+    out, dx, *_ = (y.cpu() for y in run(x, weight, norm, dout, maximum))
     clean = torch.ones(1, out.shape[1], 2, dtype=torch.bool)
     clean[:, [1 + 1 * 3 + 1, 1 + 2 * 3 + 1], 0] = False
     assert torch.equal(out.isfinite().all(-1), clean)
-    assert dx[:, :, 1].isfinite().all() and dx[:, 0].isfinite().all() and dx[0, 1:6, 0, :].isnan().any() != maximum
+    leaf, *others = (None if y is None else y.cpu() for y in (x, weight, *norm))
+    expected = reference(leaf.requires_grad_(), *others, *GEOMETRY, maximum, True, 1e-6)
+    assert torch.equal(dx.isnan(), torch.autograd.grad(expected, leaf, dout.cpu())[0].isnan())
 
 
 def test_same_bits_every_run(device):

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from .._triton import (
     INTERPRETED,
-    LARGEST_HEAD,
     Rows,
     Spec,
     Tokens,
@@ -139,7 +138,7 @@ def _class_token(M: tl.constexpr):
 def _load_window(rows, image, head, window, part, SPEC: tl.constexpr):  # [M, D] each
     """Rows of tokens that follow each other, from element ``part`` on; zero outside the map."""
     base, starts = _row_starts(rows, image, head, Tokens(0, window.first, True, 0), SPEC, 0)
-    o_d, step, values = part + tl.arange(0, SPEC.BLOCK_D)[None, :], tl.cast(rows.x, tl.int64) * SPEC.UNIT, ()
+    o_d, step, values = tl.arange(0, SPEC.BLOCK_D)[None, :] + part, tl.cast(rows.x, tl.int64) * SPEC.UNIT, ()
     o_row, m_line = starts[:, None] + o_d, window.line[:, None]
     if SPEC.D % SPEC.BLOCK_D:
         m_line = m_line & (o_d < SPEC.D)
@@ -153,7 +152,7 @@ def _store_token(rows, image, head, window, PLACE: tl.constexpr, STEP: tl.conste
     """Write rows of one token of every run of a window whose tokens are STEP apart, from element ``part`` on."""
     tokens = Tokens(0, window.first + PLACE * STEP, True, 0)
     base, starts = _row_starts(rows, image, head, tokens, SPEC, 0)
-    o_d, mask = part + tl.arange(0, SPEC.BLOCK_D)[None, :], (window.line & window.inside[PLACE])[:, None]
+    o_d, mask = tl.arange(0, SPEC.BLOCK_D)[None, :] + part, (window.line & window.inside[PLACE])[:, None]
     if SPEC.D % SPEC.BLOCK_D:
         mask = mask & (o_d < SPEC.D)
     tl.store(base + starts[:, None] + o_d, tl.cast(value, rows.pointer.dtype.element_ty), mask=mask)
@@ -162,7 +161,7 @@ def _store_token(rows, image, head, window, PLACE: tl.constexpr, STEP: tl.conste
 @triton.jit
 def _vector(p, part, SPEC: tl.constexpr):  # [1, D]
     """A parameter of the elements of a head, from ``part`` on."""
-    o_d = part + tl.arange(0, SPEC.BLOCK_D)
+    o_d = tl.arange(0, SPEC.BLOCK_D) + part
     if SPEC.D % SPEC.BLOCK_D:
         return tl.load(p + o_d, mask=o_d < SPEC.D, other=0.0)[None, :]
     else:
@@ -281,7 +280,7 @@ def _normalise(z, EPS: tl.constexpr, SPEC: tl.constexpr):  # tuple of [M, D] -> 
     for i in tl.static_range(len(z)):
         part = z[i] - mean
         if SPEC.D % SPEC.BLOCK_D:
-            part = tl.where((i * SPEC.BLOCK_D + tl.arange(0, SPEC.BLOCK_D) < SPEC.D)[None, :], part, 0.0)
+            part = tl.where((tl.arange(0, SPEC.BLOCK_D) + i * SPEC.BLOCK_D < SPEC.D)[None, :], part, 0.0)
         centred += (part,)
         squares += (part * part,)
     rstd = tl.rsqrt(_mean(squares, SPEC) + EPS)
@@ -304,18 +303,9 @@ def _store_normal(out, image, head, window, PLACE: tl.constexpr, z, norm, EPS: t
 
 @triton.jit
 def _pool_tokens_forward(
-    x,
-    out,
-    taps,
-    norm,
-    pooling,
-    tiles,
-    heads,
-    EPS: tl.constexpr,
-    M: tl.constexpr,
-    PARTS: tl.constexpr,
-    SPEC: tl.constexpr,
-):
+    x, out, taps, norm, pooling, tiles, heads,
+    EPS: tl.constexpr, M: tl.constexpr, PARTS: tl.constexpr, SPEC: tl.constexpr,
+):  # fmt: skip
     head, tile, image = _place(tl.program_id(0), heads, tiles)
     runs = _runs(tile, tiles, M)
     pooled = ()
@@ -358,7 +348,7 @@ def _norm_backward(
 @triton.jit
 def _store_sum(p, part, value, m, SPEC: tl.constexpr):  # value [M, D]
     """Write the sum of rows, from element ``part`` on, where ``m`` holds."""
-    o_d = part + tl.arange(0, SPEC.BLOCK_D)
+    o_d = tl.arange(0, SPEC.BLOCK_D) + part
     tl.store(p + o_d, tl.sum(value, 0), mask=(o_d < SPEC.D) & m)
 
 
@@ -513,10 +503,10 @@ class Call(NamedTuple):
     @classmethod
     def of(cls, x: Tensor, weight: Tensor | None, maximum: bool, pooling: Pooling, *others: Tensor) -> Call:
         """``others``: further [B, N, heads, head_dim] tensors of which rows are read or written."""
-        taps, shape = None, (math.prod(pooling.kernel), x.shape[-1])
-        if not maximum:
-            equal = weight is None and x.new_full(shape, 1 / shape[0], dtype=accumulation_dtype(x))
-            taps = equal if weight is None else weight.t().contiguous()
+        taps = None if weight is None else weight.t().contiguous()
+        if weight is None and not maximum:
+            count = math.prod(pooling.kernel)
+            taps = x.new_full((count, x.shape[-1]), 1 / count, dtype=accumulation_dtype(x))
         return cls(x, taps, pooling, Spec.of(*(y.unsqueeze(1) for y in (x, *others))))
 
     @property
@@ -538,6 +528,11 @@ class Call(NamedTuple):
         whole = self.spec.BLOCK_D.value
         return 32 if triton.cdiv(self.x.shape[-1], 32) * 32 < whole else whole
 
+    @property
+    def whole(self) -> bool:
+        """Whether a part is all of a head."""
+        return self.part == self.spec.BLOCK_D.value
+
     def tiling(self, size: Sequence[int], run: int, part: int, warps: int) -> tuple[int, dict[str, object]]:
         """How many tiles all images and heads have, and the arguments of a kernel on tiles of ``part`` elements.
 
@@ -547,9 +542,8 @@ class Call(NamedTuple):
         """
         tiles, part = Tiles.of(size, run), min(part, self.spec.BLOCK_D.value)
         arguments = dict(pooling=self.pooling, tiles=tiles, heads=self.x.shape[2], M=RUNS)
-        arguments |= dict(
-            PARTS=triton.cdiv(self.x.shape[-1], part), SPEC=self.spec._replace(BLOCK_D=tl.constexpr(part))
-        )
+        arguments |= dict(PARTS=triton.cdiv(self.x.shape[-1], part))
+        arguments |= dict(SPEC=self.spec._replace(BLOCK_D=tl.constexpr(part)))
         if not INTERPRETED:
             arguments |= dict(num_warps=RUNS * part // 256, num_stages=1, maxnreg=2048 // warps // 8 * 8)
         return self.x.shape[0] * self.x.shape[2] * tiles.count, arguments
@@ -579,18 +573,19 @@ def pool_tokens_forward(
         return out
     with on(x.device):
         call = Call.of(x, weight, maximum, pooling, out)
-        narrow = call.part < call.spec.BLOCK_D.value
-        run = call.longest(2 if call.heavy else 3 if narrow else 4)
-        tasks, arguments = call.tiling(pooling.pooled, run, call.part, 10 if narrow else 16)
+        run, warps = call.longest(2 if call.heavy else 4), 16 if call.whole else 12
+        tasks, arguments = call.tiling(pooling.pooled, run, call.part, warps)
         norm = norm_weight, norm_bias
         _pool_tokens_forward[(tasks,)](call.rows(x), call.rows(out), call.taps, norm, EPS=eps, **arguments)
     return out
 
 
 def _backward_pooled(call: Call, dout, x, dpooled, winner, norm_weight: Tensor | None, dnorm: Tensor, eps) -> None:
-    """Two blocks of eight warps fit a processor."""
-    tasks, arguments = call.tiling(call.pooling.pooled, call.longest(2 if call.heavy else 4), LARGEST_HEAD, 16)
-    programs = call.programs(tasks, 16, arguments)
+    """Sums of dnorm are held too: rows in parts, of which a thread has more elements, come in shorter runs."""
+    run, warps = (4, 16) if call.whole else (2, 12)
+    run = call.longest(run // 2 if call.heavy else run)
+    tasks, arguments = call.tiling(call.pooling.pooled, run, call.part, warps)
+    programs = call.programs(tasks, warps, arguments)
     partial = dnorm.new_empty(programs, *dnorm.shape)
     inputs = dout, x, dpooled, winner, call.taps, norm_weight, partial
     _pool_tokens_backward_pooled[(programs,)](*inputs, tasks=tasks, EPS=eps, **arguments)
@@ -599,7 +594,7 @@ def _backward_pooled(call: Call, dout, x, dpooled, winner, norm_weight: Tensor |
 
 
 def _backward_taps(call: Call, dpooled, x, dweight: Tensor) -> None:
-    """Three blocks of four warps fit a processor: nine taps are more than half of their registers."""
+    """Nine taps of an element take 72 registers: twelve warps, and short runs. Parts are independent here."""
     tasks, arguments = call.tiling(call.pooling.pooled, 1 if call.heavy else 2, 32, 12)
     lines = max(1, WIDEST // call.pooling.WIDTH.value)
     groups = triton.cdiv(call.pooling.lines, lines)
@@ -645,7 +640,6 @@ def pool_tokens_backward(
             _backward_taps(call, rows[2], rows[1], dweight)
         lattice = [triton.cdiv(n, s) for n, s in zip(thw, stride)]
         tasks, arguments = call.tiling(lattice, 2 if maximum else 4, call.part, 16)
-        _pool_tokens_backward_input[(tasks * math.prod(stride) * arguments["PARTS"],)](
-            *rows[2:], call.taps, **arguments
-        )
+        programs = tasks * math.prod(stride) * arguments["PARTS"]
+        _pool_tokens_backward_input[(programs,)](*rows[2:], call.taps, **arguments)
     return dweight, dnorm
