@@ -144,13 +144,14 @@ def pooled(case: Maps) -> Callable[[], object]:
 
     dtype = getattr(torch, case.dtype)
     q, k = (torch.empty(2, math.prod(n) + case.cls, 4, case.head_dim, dtype=dtype) for n in (case.q_thw, case.k_thw))
-    lengths = zip(case.q_thw, case.k_thw)
-    terms = [torch.empty(a, b, case.head_dim) if a * b > 1 else None for a, b in lengths]
+    lengths = [(a, b) if a * b > 1 else None for a, b in zip(case.q_thw, case.k_thw)]
+    tables = [n and torch.empty(2 * max(n) - 1, case.head_dim) for n in lengths]
+    positions = *tables, *(n and torch.zeros(n, dtype=torch.long) for n in lengths)
     geometry = *case[:2], bool(case.cls), 1, 0.2
 
     def call() -> None:
-        out, statistic = kernels.pooled_attention_forward(q, k, k, *terms, *geometry)
-        kernels.pooled_attention_backward(out, q, k, k, *terms, statistic, *geometry)
+        out, statistic = kernels.pooled_attention_forward(q, k, k, *positions, *geometry)
+        kernels.pooled_attention_backward(out, q, k, k, *positions, statistic, *geometry)
 
     return call
 

@@ -48,8 +48,9 @@ for edge[0], dtype, q_thw, k_thw, cls in (
     queries, keys = math.prod(q_thw) + cls, math.prod(k_thw) + cls
     q, dout = (guarded((1, queries, 1, 24), dtype).normal_() for _ in range(2))
     k, v = (guarded((1, keys, 1, 24), dtype).normal_() for _ in range(2))
-    terms = [guarded((a, b, 24), torch.float32).normal_() if b > 1 else None for a, b in zip(q_thw, k_thw)]
+    tables = [guarded((a + b, 24), torch.float32).normal_() if b > 1 else None for a, b in zip(q_thw, k_thw)]
+    indices = [guarded((a, b), torch.long).random_(a + b) if b > 1 else None for a, b in zip(q_thw, k_thw)]
     geometry = q_thw, k_thw, bool(cls), 2, 0.2
     with mock.patch.object(torch.Tensor, "new_empty", new_empty), mock.patch.object(torch, "empty_like", empty_like):
-        _, statistic = kernels.pooled_attention_forward(q, k, v, *terms, *geometry)
-        kernels.pooled_attention_backward(dout, q, k, v, *terms, statistic, *geometry)
+        _, statistic = kernels.pooled_attention_forward(q, k, v, *tables, *indices, *geometry)
+        kernels.pooled_attention_backward(dout, q, k, v, *tables, *indices, statistic, *geometry)

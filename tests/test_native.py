@@ -303,9 +303,11 @@ for q_thw, k_thw, heads, head_dim, has_cls in [
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         q, dout = torch.randn(2, 2, queries, heads, head_dim).to(dtype)
         k, v = torch.randn(2, 2, keys, heads, head_dim).to(dtype)
-        terms = [torch.randn(n, m, head_dim).to(wide) for n, m in zip(q_thw, k_thw)]
-        for at_end in (False, True):
-            x = [guarded(t, at_end) for t in (q, k, v, *terms)]
+        tables = [torch.randn(n + m, head_dim).to(wide) for n, m in zip(q_thw, k_thw)]
+        any_rows = [torch.randint(n + m, (n, m)) for n, m in zip(q_thw, k_thw)]
+        in_turn = [torch.arange(n)[:, None] + torch.arange(m) for n, m in zip(q_thw, k_thw)]
+        for indices, at_end in ((any_rows, False), (any_rows, True), (in_turn, False), (in_turn, True)):
+            x = [guarded(t, at_end) for t in (q, k, v, *tables, *indices)]
             geometry = (list(q_thw), list(k_thw), has_cls, 2, 0.2)
             out, statistic = run.pooled_attention_forward(*x, *geometry)
             gradients = run.pooled_attention_backward(guarded(dout, at_end), *x, statistic, *geometry)

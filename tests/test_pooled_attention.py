@@ -129,14 +129,13 @@ def test_the_libraries_round_otherwise_where_lengths_do_not_divide():
 
 
 def test_interpolation_is_that_of_torch():
-    from vitkernels.pooled_attention.reference import relative_terms
+    from vitkernels.pooled_attention.reference import resized
 
     table = torch.randn(31, 8, dtype=torch.float64)
     for queries, keys in ((11, 4), (16, 16), (30, 7), (1, 1)):
         rows = 2 * max(queries, keys) - 1
-        resized = F.interpolate(table.T[None], size=rows, mode="linear")[0].T
-        expected = relative_terms(resized.contiguous(), queries, keys)
-        torch.testing.assert_close(relative_terms(table, queries, keys), expected)
+        expected = F.interpolate(table.T[None], size=rows, mode="linear")[0].T
+        torch.testing.assert_close(resized(table, queries, keys), expected)
 
 
 def pair_by_pair(case: Case, q, k, v, *tables):
@@ -444,11 +443,14 @@ def test_opcheck(backend):
     device = DEVICE[backend]
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, n, 2, 16, device=device) for n in (41, 13, 13))
-    terms = [torch.randn(n, m, 16, device=device) for n, m in ((2, 2), (4, 2), (5, 3))]
+    lengths = (2, 2), (4, 2), (5, 3)
+    tables = [torch.randn(9, 16, device=device) for _ in lengths]
+    indices = [torch.randint(9, n, device=device) for n in lengths]
     utilities = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     ops = torch.ops.vitkernels
     geometry = ([2, 4, 5], [2, 2, 3], True, 2, 0.25)
-    for chosen in (terms, [None, *terms[1:]], [None] * 3):
+    for first in (0, 1, 3):
+        chosen = [None if i < first else x for xs in (tables, indices) for i, x in enumerate(xs)]
         arguments = (q, k, v, *chosen, *geometry)
         torch.library.opcheck(ops.pooled_attention_forward.default, arguments, test_utils=utilities)
         statistic = ops.pooled_attention_forward(*arguments)[1]

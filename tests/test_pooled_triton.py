@@ -39,10 +39,11 @@ def random_inputs(q_thw, k_thw, cls: int, heads: int, head_dim: int, batch: int 
     return [draw(batch, n, heads, head_dim, seed=i) for i, n in enumerate((queries, keys, keys, queries))]
 
 
-def random_terms(q_thw, k_thw, head_dim: int, wanted=(True, True, True)) -> list[Tensor | None]:
-    """[queries, keys, head_dim] along each axis of a volume, or None."""
-    lengths = enumerate(zip(q_thw, k_thw, wanted))
-    return [draw(a, b, head_dim, seed=9 + i) / head_dim**0.5 if want else None for i, (a, b, want) in lengths]
+def random_positions(q_thw, k_thw, head_dim: int, device: str, wanted=(True, True, True)) -> list[Tensor | None]:
+    """Float32 tables [length, head_dim] of a volume's axes, None where unwanted, and the row of every pair, at random."""
+    lengths = [n if want else None for *n, want in zip(q_thw, k_thw, wanted)]
+    tables = [n and (draw(sum(n), head_dim, seed=9) / head_dim**0.5).float().to(device) for n in lengths]
+    return [*tables, *(n and torch.randint(sum(n), n).to(device) for n in lengths)]
 
 
 def check(
@@ -72,11 +73,11 @@ def check(
     )  # fmt: skip
 
 
-def run(q, k, v, dout, terms, q_thw, k_thw, cls, residual=1, scale=0.3) -> list[Tensor]:
-    """The launchers: out, the gradients of q, k, v and of the terms."""
+def run(q, k, v, dout, positions, q_thw, k_thw, cls, residual=1, scale=0.3) -> list[Tensor]:
+    """The launchers: out, the gradients of q, k, v and of the tables."""
     geometry = q_thw, k_thw, bool(cls), residual, scale
-    out, statistic = kernels.pooled_attention_forward(q, k, v, *terms, *geometry)
-    return [out, *kernels.pooled_attention_backward(dout, q, k, v, *terms, statistic, *geometry)]
+    out, statistic = kernels.pooled_attention_forward(q, k, v, *positions, *geometry)
+    return [out, *kernels.pooled_attention_backward(dout, q, k, v, *positions, statistic, *geometry)]
 
 
 SHAPES = {  # maps of queries and of keys, class token, wanted tables
@@ -174,14 +175,14 @@ def test_strides(device):
     """Rows that are not aligned, strides of all kinds; nothing is copied."""
     maps = (1, 2, 3), (1, 3, 2), 1
     plain = [x.float().to(device) for x in random_inputs(*maps, 2, 8)]
-    terms = [None if x is None else x.float().to(device) for x in random_terms(*maps[:2], 8)]
+    positions = random_positions(*maps[:2], 8, device)
     q, k, v, dout = plain
     wide = q.new_zeros(*q.shape[:3], 11)
     wide[..., 1:9] = q
     odd = [wide[..., 1:9], k.transpose(1, 2).contiguous().transpose(1, 2), torch.stack((v, v), 2)[:, :, 1]]
     odd.append(dout[:, :, :1].expand(-1, -1, 2, -1))
     plain[3] = odd[3].contiguous()
-    for a, b in zip(run(*odd, terms, *maps), run(*plain, terms, *maps)):
+    for a, b in zip(run(*odd, positions, *maps), run(*plain, positions, *maps)):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
@@ -218,9 +219,9 @@ def test_one_hot_softmax_gathers_exactly(dtype, device):
 def test_nan_stays_in_its_image_and_head(poisoned, device):
     maps = (1, 2, 2), (1, 2, 3), 1
     inputs = [x.float().to(device) for x in random_inputs(*maps, 2, 8, batch=2)]
-    terms = [x.float().to(device) for x in random_terms(*maps[:2], 8)]
+    positions = random_positions(*maps[:2], 8, device)
     inputs[("q", "k", "v", "dout").index(poisoned)][0, 3, 1] = float("nan")
-    out, *gradients = (x.cpu() for x in run(*inputs, terms, *maps)[:4])
+    out, *gradients = (x.cpu() for x in run(*inputs, positions, *maps)[:4])
     for x in (out, *gradients):
         assert x[1].isfinite().all() and x[0, :, 0].isfinite().all()
     assert any(x[0, :, 1].isnan().any() for x in (out, *gradients))
@@ -244,8 +245,8 @@ def test_gradcheck():
 def test_same_bits_every_run(device):
     maps = (1, 3, 22), (1, 3, 4), 1
     inputs = [x.float().to(device) for x in random_inputs(*maps, 1, 16)]
-    terms = [None, random_terms(*maps[:2], 16)[1].float().to(device), None]
-    first, *others = (run(*inputs, terms, *maps) for _ in range(2 if INTERPRETED else 20))
+    positions = random_positions(*maps[:2], 16, device, (False, True, False))
+    first, *others = (run(*inputs, positions, *maps) for _ in range(2 if INTERPRETED else 20))
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other))
 
 
@@ -253,26 +254,26 @@ def test_same_bits_every_run(device):
 def test_empty_batch(wanted, device):
     maps = (1, 5, 4), (1, 3, 4), 0
     inputs = [x.float().to(device) for x in random_inputs(*maps, 2, 16, batch=0)]
-    terms = [None if x is None else x.float().to(device) for x in random_terms(*maps[:2], 16, wanted)]
-    out, dq, dk, dv, *dterms = run(*inputs, terms, *maps)
+    positions = random_positions(*maps[:2], 16, device, wanted)
+    out, dq, dk, dv, *dtables = run(*inputs, positions, *maps)
     assert [x.shape for x in (out, dq, dk, dv)] == [inputs[i].shape for i in (0, 0, 1, 1)]
-    assert [x.shape for x in dterms] == [(0,) if x is None else x.shape for x in terms]
-    assert not any(x.any() for x in dterms)
+    assert [x.shape for x in dtables] == [(0,) if x is None else x.shape for x in positions[:3]]
+    assert not any(x.any() for x in dtables)
 
 
 @pytest.mark.parametrize("wanted", [(0, 0, 0), (1, 0, 1)], ids=str)
 def test_opcheck(wanted, device):
     maps = (2, 1, 2), (1, 2, 2), 1
     q, k, v, dout = (x.half().to(device) for x in random_inputs(*maps, 1, 8))
-    terms = [None if x is None else x.float().to(device) for x in random_terms(*maps[:2], 8, wanted)]
+    positions = random_positions(*maps[:2], 8, device, wanted)
     suffix, geometry = "_interpreted" if INTERPRETED else "", (*maps[:2], True, 2, 0.3)
     forward, backward = (
         getattr(torch.ops.vitkernels, f"pooled_attention_{name}{suffix}").default for name in ("forward", "backward")
     )
-    statistic = forward(q, k, v, *terms, *geometry)[1]
+    statistic = forward(q, k, v, *positions, *geometry)[1]
     utilities = ("test_schema", "test_faketensor")
-    torch.library.opcheck(forward, (q, k, v, *terms, *geometry), test_utils=utilities)
-    torch.library.opcheck(backward, (dout, q, k, v, *terms, statistic, *geometry), test_utils=utilities)
+    torch.library.opcheck(forward, (q, k, v, *positions, *geometry), test_utils=utilities)
+    torch.library.opcheck(backward, (dout, q, k, v, *positions, statistic, *geometry), test_utils=utilities)
 
 
 @pytest.mark.parametrize(
@@ -286,11 +287,11 @@ def test_opcheck(wanted, device):
 def test_addresses_past_2_31_elements(batch, heads, strides, device):
     maps = (1, 1, 3), (1, 2, 2), 0
     near, far = [x.half().to(device) for x in random_inputs(*maps, heads, 8, batch)], []
-    terms = [None, None, random_terms(*maps[:2], 8)[2].float().to(device)]
+    positions = random_positions(*maps[:2], 8, device, (False, False, True))
     for x in near:
         storage = sparse(1 + sum((n - 1) * stride for n, stride in zip(x.shape, (*strides, 1))), device)
         far.append(storage.as_strided(x.shape, (*strides, 1)).copy_(x))
-    assert all(torch.equal(a, b) for a, b in zip(run(*far, terms, *maps), run(*near, terms, *maps)))
+    assert all(torch.equal(a, b) for a, b in zip(run(*far, positions, *maps), run(*near, positions, *maps)))
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="page protection is the CPU's")

@@ -96,11 +96,11 @@ void attend(const Buffers<T>& b, int64_t queries, int64_t keys, int64_t width, W
   }
 }
 
-// out = dq / scale, dk and dv, which are added to if ADD; q is scaled. At most `most` rows of scores are held at a
+// out = dq / scale, dk and dv, which are added to if `add`; q is scaled. At most `most` rows of scores are held at a
 // time; `use(i, rows)` sees their gradients, in dscores.
-template <bool ADD, class T, class Weigh, class Use, class Between>
+template <class T, class Weigh, class Use, class Between>
 void attend_backward(const Buffers<T>& b, int64_t queries, int64_t keys, int64_t head_dim, int64_t width, int64_t most,
-                     Weigh weigh, Use use, Between& between) {
+                     bool add, Weigh weigh, Use use, Between& between) {
   for (int64_t begin = 0, held; begin < queries; begin += held) {
     held = share_of(queries - begin, most);
     for (int64_t i = begin, rows; i < begin + held; i += rows) {
@@ -110,10 +110,10 @@ void attend_backward(const Buffers<T>& b, int64_t queries, int64_t keys, int64_t
       multiply<T>(b.dout.at(i, 0), b.v_transposed, dscores, rows, head_dim, dscores.stride, false, between);
       softmax_backward<T>(scores, dscores, rows, dscores.stride);
     }
-    bool add = ADD || begin > 0;
     multiply<T, true>(b.scores, b.dout.at(begin, 0), b.dv, keys, held, width, add, between);
     multiply<T, true>(b.dscores, b.q.at(begin, 0), b.dk, keys, held, width, add, between);
     multiply<T>(b.dscores, b.k, b.out.at(begin, 0), held, keys, width, false, between);
+    add = true;
     use(begin, held);
   }
 }

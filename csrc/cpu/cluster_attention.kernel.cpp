@@ -85,7 +85,7 @@ class Worker {
     for (auto rows : {b_.dk, b_.dv}) std::memset(rows.data, 0, here_.places * width_ * sizeof(T));
     for_leaves([&](const Buffers<T>& b, int64_t queries, int64_t keys) {
       auto use = [](int64_t, int64_t) {};
-      attend_backward<true, T>(b, queries, keys, p_.head_dim, width_, block_, weigh_by(b, fetch), use, fetch);
+      attend_backward<T>(b, queries, keys, p_.head_dim, width_, block_, true, weigh_by(b, fetch), use, fetch);
     });
     scatter(p_.dq, b_.out, T(p_.scale));
     scatter(p_.dk, b_.dk, 1);

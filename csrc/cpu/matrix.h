@@ -47,7 +47,7 @@ struct Matrix {
 template <class T, bool TRANSPOSED, int ROWS, int VECTORS>
 void multiply_tile(Matrix<T> a, Matrix<T> b, Matrix<T> c, int64_t depth, Matrix<T> start) {
   Vec<T> sum[ROWS][VECTORS] = {};
-#pragma GCC unroll 1
+#pragma GCC unroll 2
   for (int64_t k = 0; k < depth; k++) {
     Vec<T> right[VECTORS];
 #pragma GCC unroll 16

@@ -120,7 +120,7 @@ class Worker {
     auto use = [&](int64_t begin, int64_t rows) {
       if (dbias) add_to_bias(group, begin, rows, dbias);
     };
-    attend_backward<false, T>(b_, tokens, tokens, p_.head_dim, width_, block_, weigh_by(group, fetch), use, fetch);
+    attend_backward<T>(b_, tokens, tokens, p_.head_dim, width_, block_, false, weigh_by(group, fetch), use, fetch);
     scatter(p_.dq, b_.out, T(p_.scale));
     scatter(p_.dk, b_.dk, 1);
     scatter(p_.dv, b_.dv, 1);

@@ -16,11 +16,13 @@ struct Lengths {
   VITKERNELS_INLINE int64_t lines() const { return t * h; }
 };
 
-// The relative terms of one axis, [queries, keys, head_dim], in two copies of rows padded to cache lines.
+// The rows of one axis' table, in an order in which those that a query meets follow each other, key by key.
 struct Terms {
-  const void* transposed;  // [queries, head_dim, keys]; null where the axis has no terms
-  const void* straight;    // [queries, keys, head_dim], of a backward pass
-  int64_t first;           // of its gradient, where it begins in a share's [terms, head_dim]
+  const void* rows;        // [count, padded head_dim]; null where the axis has none
+  const void* transposed;  // [head_dim, count] with rows of `stride`
+  const int64_t* first;    // per coordinate of queries: the row of its first key
+  int64_t count, stride;
+  int64_t place;  // of its gradient, where it begins in a share's [terms_size, padded head_dim]
 };
 
 struct PooledAttention {
@@ -28,7 +30,7 @@ struct PooledAttention {
   View dout, dq, dk, dv;  // backward: the rest
   Lengths queries, keys;
   Terms terms[3];
-  int64_t terms_size;  // rows of all terms
+  int64_t terms_size;  // rows of all axes
   int64_t batch, heads, head_dim, cls, residual;
   double scale;
 
@@ -64,7 +66,7 @@ VITKERNELS_INLINE int64_t padded_row(int64_t n) {
 // What the workers of a backward pass leave to be summed.
 struct Partial {
   void* dkv;     // [parts, batch, heads, 2, keys, padded head_dim], of several parts
-  void* dterms;  // [shares, terms, padded head_dim]; zeroed by the worker
+  void* dterms;  // [shares, terms_size, padded head_dim]; zeroed by the worker
 };
 
 struct PooledAttentionKernels {

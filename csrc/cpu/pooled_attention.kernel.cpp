@@ -59,10 +59,9 @@ class Worker {
     dterms_ = (T*)partial.dterms + share * terms;
     std::memset((void*)dterms_, 0, terms * sizeof(T));
     for (int64_t task = begin; task < end; task++) {
-      for (auto rows : {b_.dk, b_.dv}) std::memset((void*)rows.data, 0, keys_ * width_ * sizeof(T));
       for (int64_t i = first_block(task); i < first_block(task + 1); i++) {
         enter(locate(i), true);
-        backward();
+        backward(i > first_block(task));
       }
       hand_over(partial, task);
     }
@@ -84,18 +83,19 @@ class Worker {
   }
 
  private:
-  bool has(int axis) const { return p_.terms[axis].transposed; }
+  bool has(int axis) const { return p_.terms[axis].rows; }
 
-  void backward() {
+  void backward(bool add) {
     gather(b_.dout, p_.dout, block_.first, block_.tokens, 1);
     auto reduce = [this](int64_t begin, int64_t rows) {
       for (int64_t i = 0; columns_ && i < rows; i++) reduce_row(begin + i, b_.dscores.row(i));
     };
-    attend_backward<true, T>(b_, block_.tokens, keys_, p_.head_dim, width_, held_, weigh(), reduce, between_);
+    attend_backward<T>(b_, block_.tokens, keys_, p_.head_dim, width_, held_, add, weigh(), reduce, between_);
     for_runs([&](const Run& run) {
-      int64_t first = run.coordinate * p_.keys.of(run.axis);
-      Matrix<T> terms{(T*)p_.terms[run.axis].straight + first * stride_, stride_};
-      Matrix<T> dterms{dterms_ + (p_.terms[run.axis].first + first) * stride_, stride_};
+      const Terms& axis = p_.terms[run.axis];
+      int64_t first = axis.first[run.coordinate];
+      Matrix<T> terms{(T*)axis.rows + first * stride_, stride_};
+      Matrix<T> dterms{dterms_ + (axis.place + first) * stride_, stride_};
       Matrix<T> drel = rows_of(drel_, run);
       multiply<T>(drel, terms, rows_of(b_.out, run), run.count, p_.keys.of(run.axis), width_, true);
       multiply<T, true>(drel, rows_of(b_.q, run), dterms, p_.keys.of(run.axis), run.count, width_, true);
@@ -125,9 +125,10 @@ class Worker {
     if (!b_.out.data) b_.out = out_;
     if (!b_.q.data || backward) gather(b_.q = q_, p_.q, block.first, block.tokens, 1);
     for_runs([&](const Run& run) {
-      int64_t keys = p_.keys.of(run.axis), stride = padded_row<T>(keys);
-      Matrix<T> terms{(T*)p_.terms[run.axis].transposed + run.coordinate * p_.head_dim * stride, stride};
-      multiply<T>(rows_of(b_.q, run), terms, rows_of(rel_, run), run.count, p_.head_dim, padded<T>(keys));
+      const Terms& axis = p_.terms[run.axis];
+      Matrix<T> terms{(T*)axis.transposed + axis.first[run.coordinate], axis.stride};
+      int64_t columns = padded<T>(p_.keys.of(run.axis));  // beyond the keys there are others' terms
+      multiply<T>(rows_of(b_.q, run), terms, rows_of(rel_, run), run.count, p_.head_dim, columns);
     });
   }
 
@@ -187,19 +188,20 @@ class Worker {
     if (query < block_.lead) return;
     T *drel = drel_.row(query), *t = drel + offset_[0], *h = drel + offset_[1], *w = drel + offset_[2];
     const bool over_t = has(0), over_h = has(1), over_w = has(2);
-    const int64_t wide = p_.keys.w;
-    const Vec<T> ends = load(ends_);
-    std::memset((void*)drel, 0, columns_ * sizeof(T));
+    const int64_t wide = p_.keys.w, lines = p_.keys.lines(), last = (wide - 1) / LANES<T> * LANES<T>;
     row += p_.cls;
+    for (int64_t x = 0; over_w && x < wide; x += LANES<T>) {  // reads and writes over the end of a line
+      Vec<T> sum{};
+      for (int64_t line = 0; line < lines; line++) sum += load(row + line * wide + x);
+      store(w + x, sum);
+    }
+    if (!over_t && !over_h) return;
+    std::memset((void*)drel, 0, offset_[2] * sizeof(T));
+    const Vec<T> ends = load(ends_);
     for (int64_t i = 0; i < p_.keys.t; i++)
       for (int64_t j = 0; j < p_.keys.h; j++, row += wide) {
-        Vec<T> sum{};
-        for (int64_t x = 0; x < wide; x += LANES<T>) {
-          Vec<T> value = load(row + x);
-          if (x + LANES<T> >= wide) value = ends > Vec<T>{} ? value : Vec<T>{};
-          if (over_w) store(w + x, load(w + x) + value);
-          sum += value;
-        }
+        Vec<T> sum = ends > Vec<T>{} ? load(row + last) : Vec<T>{};
+        for (int64_t x = 0; x < last; x += LANES<T>) sum += load(row + x);
         T total = sum_of<T>(sum)[0];
         if (over_t) t[i] += total;
         if (over_h) h[j] += total;

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 
@@ -34,6 +35,16 @@ def _settings(x: Tensor, crowded: bool = False) -> dict[str, int]:
     if crowded:
         return {"BLOCK": 64, "STEP": 16, "num_warps": warps, "num_stages": 1}
     return {"BLOCK": 64, "STEP": 32, "num_warps": warps, "num_stages": 2}
+
+
+def _terms(tables: Sequence[Tensor | None], indices: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """For every axis the rows that its pairs meet, [queries, keys, head_dim]."""
+    return [None if table is None else F.embedding(index, table) for table, index in zip(tables, indices)]
+
+
+def _of_table(dterms: Tensor, index: Tensor, table: Tensor) -> Tensor:  # [queries, keys, D] -> [length, D]
+    """The gradient of a table from that of its terms; in a fixed order, unlike index_add."""
+    return torch.ops.aten.embedding_dense_backward(dterms, index, len(table), -1, False)
 
 
 class Call(NamedTuple):
@@ -77,9 +88,12 @@ def pooled_attention_forward(
     q: Tensor,  # [B, Nq, heads, head_dim]
     k: Tensor,  # [B, Nk, heads, head_dim]
     v: Tensor,  # [B, Nk, heads, head_dim]
-    rel_t: Tensor | None,  # [queries, keys, head_dim] along the axis
-    rel_h: Tensor | None,
-    rel_w: Tensor | None,
+    table_t: Tensor | None,  # [length, head_dim] of the axis
+    table_h: Tensor | None,
+    table_w: Tensor | None,
+    index_t: Tensor | None,  # [queries, keys] along the axis: rows of its table
+    index_h: Tensor | None,
+    index_w: Tensor | None,
     q_thw: Sequence[int],  # tokens
     k_thw: Sequence[int],
     has_cls: bool,
@@ -91,7 +105,8 @@ def pooled_attention_forward(
     if out.numel() == 0:
         return out, statistic
     with on(q.device):
-        call = Call.of(q, k, (rel_t, rel_h, rel_w), q_thw, k_thw, has_cls, scale, q, k, v, out)
+        terms = _terms((table_t, table_h, table_w), (index_t, index_h, index_w))
+        call = Call.of(q, k, terms, q_thw, k_thw, has_cls, scale, q, k, v, out)
         arguments = dict(p_lse=statistic, RESIDUAL=residual)
         call.launch(streamed.attention_forward, *q.shape[:2], *call.rows, **arguments)
     return out, statistic
@@ -110,9 +125,12 @@ def pooled_attention_backward(
     q: Tensor,  # [B, Nq, heads, head_dim]
     k: Tensor,  # [B, Nk, heads, head_dim]
     v: Tensor,  # [B, Nk, heads, head_dim]
-    rel_t: Tensor | None,  # [queries, keys, head_dim] along the axis
-    rel_h: Tensor | None,
-    rel_w: Tensor | None,
+    table_t: Tensor | None,  # [length, head_dim] of the axis
+    table_h: Tensor | None,
+    table_w: Tensor | None,
+    index_t: Tensor | None,  # [queries, keys] along the axis: rows of its table
+    index_h: Tensor | None,
+    index_w: Tensor | None,
     statistic: Tensor,  # [B, Nq, heads]
     q_thw: Sequence[int],  # tokens
     k_thw: Sequence[int],
@@ -120,14 +138,14 @@ def pooled_attention_backward(
     residual: int,
     scale: float,
 ) -> tuple[Tensor, ...]:
-    """Gradients of q, k, v and the terms; [0] for a term that is None."""
-    terms, wide = (rel_t, rel_h, rel_w), accumulation_dtype(q)
+    """Gradients of q, k, v and the tables; [0] for a table that is None."""
+    tables, indices, wide = (table_t, table_h, table_w), (index_t, index_h, index_w), accumulation_dtype(q)
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     if dq.numel() == 0:
-        return dq, dk, dv, *(q.new_zeros((0,) if term is None else term.shape, dtype=wide) for term in terms)
+        return dq, dk, dv, *(q.new_zeros((0,) if x is None else x.shape, dtype=wide) for x in tables)
     batch, queries, heads, _ = q.shape
     with on(q.device):
-        share = _share(q, k)
+        terms, share = _terms(tables, indices), _share(q, k)
         parts = triton.cdiv(queries, share)
         sums = (dk, dv) if parts == 1 else q.new_empty(2, parts * batch, *k.shape[1:], dtype=wide).unbind()
         call = Call.of(q, k, terms, q_thw, k_thw, has_cls, scale, dout, q, k, v, dq, *sums)
@@ -146,5 +164,6 @@ def pooled_attention_backward(
         if parts > 1:
             dk, dv = (x.unflatten(0, (parts, batch)).sum(0).to(q.dtype) for x in sums)
         if relative is None:
-            return dq, dk, dv, *(q.new_empty(0, dtype=wide) for _ in terms)
-        return dq, dk, dv, *positions.backward(q, dq, dproducts.pointer.squeeze(1), terms, call.layout)
+            return dq, dk, dv, *(q.new_empty(0, dtype=wide) for _ in tables)
+        dterms = positions.backward(q, dq, dproducts.pointer.squeeze(1), terms, call.layout)
+        return dq, dk, dv, *(x if i is None else _of_table(x, i, t) for x, i, t in zip(dterms, indices, tables))

@@ -13,27 +13,30 @@ from torch.autograd.function import once_differentiable
 from .. import _checks, _dispatch
 from .pool import check_thw
 from .reference import pooled_attention as _reference
-from .reference import relative_terms
+from .reference import index_of, resized
 
 _LAYOUT = "[B, N, heads, head_dim]"
 _LAUNCHER = "vitkernels.pooled_attention.kernels"
 RESIDUALS = ("none", "all", "all_but_cls")  # by the operators' number
 INDICES = ("exact", "slowfast", "torchvision")
 
-_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? rel_t, Tensor? rel_h, Tensor? rel_w"
+_INPUTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? table_t, Tensor? table_h, Tensor? table_w, "
+    "Tensor? index_t, Tensor? index_h, Tensor? index_w"
+)
 _GEOMETRY = "int[] q_thw, int[] k_thw, bool has_cls, int residual, float scale"
 
 
-def _forward_fake(q, k, v, rel_t, rel_h, rel_w, q_thw, k_thw, has_cls, residual, scale, *, interpreted):
+def _forward_fake(q, k, v, *_, interpreted):
     # one log-sum-exp (of base 2) per query, kept for Triton's backward pass
     kept = q.shape[:3] if interpreted or q.device.type == "cuda" else (0,)
     return q.new_empty(q.shape), q.new_empty(kept, dtype=_checks.accumulation_dtype(q))
 
 
-def _backward_fake(dout, q, k, v, rel_t, rel_h, rel_w, *_, interpreted):
+def _backward_fake(dout, q, k, v, table_t, table_h, table_w, *_, interpreted):
     wide = _checks.accumulation_dtype(q)
-    terms = (q.new_empty((0,) if term is None else term.shape, dtype=wide) for term in (rel_t, rel_h, rel_w))
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), *terms
+    tables = (q.new_empty((0,) if x is None else x.shape, dtype=wide) for x in (table_t, table_h, table_w))
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), *tables
 
 
 _dispatch.define("pooled_attention_forward", f"({_INPUTS}, {_GEOMETRY}) -> (Tensor, Tensor)", _forward_fake, _LAUNCHER)
@@ -46,7 +49,9 @@ _dispatch.define(
 
 
 class _PooledAttention(Function):
-    """(out, statistic) from q, k, v and the relative terms along time, height and width, any of which may be None."""
+    """(out, statistic) from q, k, v, the tables along time, height and width, any of which may be None, and for each
+    the row of every pair along its axis.
+    """
 
     @staticmethod
     @_dispatch.with_signature
@@ -68,9 +73,9 @@ class _PooledAttention(Function):
         if dout.stride(-1) != 1:  # an expanded gradient, as of sum()
             dout = dout.contiguous()
         run = _dispatch.operator("pooled_attention_backward", ctx.backend, dout.device)
-        *gradients, rel_t, rel_h, rel_w = run(dout, *tensors, statistic, *ctx.geometry)
-        terms = (None if x is None else dx for x, dx in zip(tensors[3:], (rel_t, rel_h, rel_w)))
-        return None, None, *gradients, *terms
+        gradients = run(dout, *tensors, statistic, *ctx.geometry)
+        used = (None if x is None else dx for x, dx in zip(tensors, gradients))
+        return None, None, *used, None, None, None
 
 
 def _refusal(backend: str, q: Tensor, positions: bool) -> str | None:
@@ -210,16 +215,17 @@ def pooled_attention(
     if backend == "sdpa":
         return _sdpa(q, k, v, has_cls, residual, scale)
     wide = _checks.accumulation_dtype(q)
-    terms = [
-        None if table is None else relative_terms(table.to(wide), *lengths, index)
-        for table, lengths in zip(tables, zip(q_thw, k_thw))
-    ]
     # maps are volumes from here on
     missing = 3 - len(q_thw)
-    terms, q_thw, k_thw = [None] * missing + terms, [1] * missing + list(q_thw), [1] * missing + list(k_thw)
+    tables, q_thw, k_thw = [None] * missing + list(tables), [1] * missing + list(q_thw), [1] * missing + list(k_thw)
+    indices = [None] * 3
+    for axis, (table, *lengths) in enumerate(zip(tables, q_thw, k_thw)):
+        if table is not None:
+            tables[axis] = resized(table.to(wide), *lengths).contiguous()
+            indices[axis] = index_of(*lengths, index, table.device)
     if backend == "reference":
-        return _reference(q, k, v, terms, q_thw, k_thw, has_cls, residual, scale)
+        return _reference(q, k, v, tables, indices, q_thw, k_thw, has_cls, residual, scale)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     geometry = (q_thw, k_thw, has_cls, RESIDUALS.index(residual), scale)
     run = _PooledAttention.apply if torch.is_grad_enabled() else _PooledAttention.forward
-    return run(backend, geometry, q, k, v, *terms)[0]
+    return run(backend, geometry, q, k, v, *tables, *indices)[0]

@@ -61,44 +61,45 @@ def relative_index(queries: int, keys: int, index: str = "exact", device: torch.
 _kept_index = lru_cache(maxsize=256)(torch.inference_mode(False)(relative_index))
 
 
-def _index_of(queries: int, keys: int, index: str, device: torch.device) -> Tensor:
+def index_of(queries: int, keys: int, index: str, device: torch.device) -> Tensor:
     """`relative_index`, kept from call to call where what is made now can be used later."""
     captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     made = relative_index if captured or torch.compiler.is_compiling() else _kept_index
     return made(queries, keys, index, device)
 
 
-def relative_terms(table: Tensor, queries: int, keys: int, index: str = "exact") -> Tensor:  # [L, D] -> [Q, K, D]
-    """The rows of a table that the queries and keys along one axis meet; a table of another length is interpolated."""
+def resized(table: Tensor, queries: int, keys: int) -> Tensor:  # [length, D] -> [2 * max(queries, keys) - 1, D]
+    """A row for every distance along an axis; a table of another length is interpolated."""
     rows = 2 * max(queries, keys) - 1
-    if len(table) != rows:
-        place = torch.arange(rows, dtype=table.dtype, device=table.device)
-        place = ((place + 0.5) * (len(table) / rows) - 0.5).clamp(0, len(table) - 1)[:, None]
-        lower = place.detach().long()[:, 0]
-        upper = (lower + 1).clamp_max(len(table) - 1)
-        share = place - lower[:, None]
-        table = F.embedding(lower, table) * (1 - share) + F.embedding(upper, table) * share
-    return F.embedding(_index_of(queries, keys, index, table.device), table)
+    if len(table) == rows:
+        return table
+    place = torch.arange(rows, dtype=table.dtype, device=table.device)
+    place = ((place + 0.5) * (len(table) / rows) - 0.5).clamp(0, len(table) - 1)[:, None]
+    lower = place.detach().long()[:, 0]
+    upper = (lower + 1).clamp_max(len(table) - 1)
+    share = place - lower[:, None]
+    return F.embedding(lower, table) * (1 - share) + F.embedding(upper, table) * share
 
 
 def pooled_attention(
     q: Tensor,  # [B, Nq, heads, head_dim]
     k: Tensor,  # [B, Nk, heads, head_dim]
     v: Tensor,  # [B, Nk, heads, head_dim]
-    terms: Sequence[Tensor | None],  # along time, height, width: [queries, keys, head_dim], or None
+    tables: Sequence[Tensor | None],  # along time, height, width: [length, head_dim], or None
+    indices: Sequence[Tensor | None],  # the row for each pair along an axis, [queries, keys]
     q_thw: Sequence[int],  # tokens along time, height, width
     k_thw: Sequence[int],  # tokens
     has_cls: bool = False,
     residual: str = "none",
     scale: float | None = None,
 ) -> Tensor:  # [B, Nq, heads, head_dim]
-    """softmax(scale * q k^T + q . terms) v, and q on top."""
+    """softmax(scale * q k^T + q . table[index]) v, and q on top."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     cls = int(has_cls)
     q, k, v = (rearrange(x, "b n h d -> b h n d") for x in (q, k, v))
     logits = (q * scale) @ k.mT  # [B, heads, Nq, Nk]
-    if any(term is not None for term in terms):
-        logits = logits + F.pad(_relative(q[:, :, cls:], terms, q_thw, k_thw), (cls, 0, cls, 0))
+    if any(table is not None for table in tables):
+        logits = logits + F.pad(_relative(q[:, :, cls:], tables, indices, q_thw, k_thw), (cls, 0, cls, 0))
     out = logits.softmax(-1) @ v
     if residual == "all":
         out = out + q
@@ -107,13 +108,20 @@ def pooled_attention(
     return rearrange(out, "b h n d -> b n h d")
 
 
-def _relative(q: Tensor, terms: Sequence[Tensor | None], q_thw: Sequence[int], k_thw: Sequence[int]) -> Tensor:
+def _relative(
+    q: Tensor,
+    tables: Sequence[Tensor | None],
+    indices: Sequence[Tensor | None],
+    q_thw: Sequence[int],
+    k_thw: Sequence[int],
+) -> Tensor:
     """What relative positions add to the logits ``[B, heads, Nq, Nk]`` of the tokens of two maps."""
     q = rearrange(q, "b n (t h w) d -> b n t h w d", t=q_thw[0], h=q_thw[1])
     total = q.new_zeros(*q.shape[:5], *k_thw)
     shapes = ("j 1 1", "1 j 1", "1 1 j")
-    for axis, term, shape in zip("thw", terms, shapes):
-        if term is not None:
-            products = einsum(q, term.to(q.dtype), f"b n t h w d, {axis} j d -> b n t h w j")
+    for axis, table, index, shape in zip("thw", tables, indices, shapes):
+        if table is not None:
+            terms = F.embedding(index, table).to(q.dtype)  # [queries, keys, head_dim]
+            products = einsum(q, terms, f"b n t h w d, {axis} j d -> b n t h w j")
             total = total + rearrange(products, f"b n t h w j -> b n t h w {shape}")
     return total.flatten(5).flatten(2, 4)
