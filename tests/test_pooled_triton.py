@@ -40,7 +40,7 @@ def random_inputs(q_thw, k_thw, cls: int, heads: int, head_dim: int, batch: int 
 
 
 def random_positions(q_thw, k_thw, head_dim: int, device: str, wanted=(True, True, True)) -> list[Tensor | None]:
-    """Float32 tables [length, head_dim] of a volume's axes, None where unwanted, and the row of every pair, at random."""
+    """Float32 tables [length, head_dim] of a volume's axes, None where unwanted, and for every pair a random row."""
     lengths = [n if want else None for *n, want in zip(q_thw, k_thw, wanted)]
     tables = [n and (draw(sum(n), head_dim, seed=9) / head_dim**0.5).float().to(device) for n in lengths]
     return [*tables, *(n and torch.randint(sum(n), n).to(device) for n in lengths)]

@@ -12,8 +12,8 @@ from torch.autograd.function import once_differentiable
 
 from .. import _checks, _dispatch
 from .pool import check_thw
-from .reference import pooled_attention as _reference
 from .reference import index_of, resized
+from .reference import pooled_attention as _reference
 
 _LAYOUT = "[B, N, heads, head_dim]"
 _LAUNCHER = "vitkernels.pooled_attention.kernels"
