@@ -95,12 +95,13 @@ def check_scale(scale: object, head_dim: int) -> float:
     return float(scale)
 
 
-def follow_autocast(x: Tensor) -> Tensor:
-    """``x`` in the dtype that autocast asks for on its device; float64 stays."""
-    kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(kind))
-    return x
+def follow_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors of one device in the dtype that autocast asks for on it; float64 stays."""
+    kind = tensors[0].device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:

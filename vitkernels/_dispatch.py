@@ -12,6 +12,7 @@ import importlib.util
 import inspect
 import os
 import platform
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 
@@ -50,12 +51,25 @@ def define(name: str, schema: str, fake: Callable, launcher: str | None) -> None
         register(f"{name}_interpreted", "CPU", True)
 
 
-def with_signature(forward: Callable) -> Callable:
-    """``forward`` of an autograd.Function, whose signature autograd looks up at every call, with that at hand.
+class _Positional(inspect.Signature):
+    """Of a function of ``*inputs``: there is nothing to bind them to, and no time spent on it."""
 
-    ``*inputs`` instead of names: binding each of them takes time as well.
+    def bind(self, *inputs):
+        return _Bound(self, OrderedDict(inputs=inputs))
+
+
+class _Bound(inspect.BoundArguments):
+    args = property(lambda self: self.arguments["inputs"])
+
+    def apply_defaults(self) -> None:
+        pass
+
+
+def with_signature(forward: Callable) -> Callable:
+    """``forward(*inputs)`` of an autograd.Function, whose signature autograd looks up and binds at every call, with one
+    at hand that takes no time.
     """
-    forward.__signature__ = inspect.signature(forward)
+    forward.__signature__ = _Positional(inspect.signature(forward).parameters.values())
     return forward
 
 

@@ -149,7 +149,7 @@ def _attend(
     _check_overlap(Tree.of(q.shape[1], leaf_size), overlap)
     scale = _checks.check_scale(scale, q.shape[-1])
     order = _check_order(order, q)
-    qkv = tuple(_checks.follow_autocast(x) for x in qkv)
+    qkv = _checks.follow_autocast(*qkv)
     q = _unpack(qkv)[0]
     backend = _dispatch.select("cluster_attention", q.device, backend, lambda backend: _refusal(backend, q))
     check = q.device.type == "cpu" if check is None else bool(check)

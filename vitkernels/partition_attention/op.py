@@ -126,7 +126,7 @@ def _attend(
     height, width = qkv[0].shape[1:3]
     partition = partition.on(height, width)
     scale = _checks.check_scale(scale, qkv[0].shape[-1])
-    qkv = tuple(_checks.follow_autocast(x) for x in qkv)
+    qkv = _checks.follow_autocast(*qkv)
     if bias is not None:
         _checks.check_table(bias, qkv[0], partition.group)
     backend = _dispatch.select("partition_attention", qkv[0].device, backend, lambda backend: _refusal(backend, qkv))

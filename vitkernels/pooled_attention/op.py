@@ -116,7 +116,7 @@ def _check_rel_pos(rel_pos: object, q: Tensor, q_thw: tuple[int, ...]) -> tuple[
         if table is None:
             continue
         _checks.check_tensor(name, table, "[length, head_dim]")
-        if table.shape[1] != q.shape[-1] or len(table) < 1:
+        if table.shape[1] != q.shape[-1] or table.shape[0] < 1:
             raise ValueError(
                 f"{name} must be [length, head_dim] = [any, {q.shape[-1]}], got {_checks.shape_of(table)}; it is "
                 "shared by all heads"
@@ -202,7 +202,7 @@ def pooled_attention(
     if index not in INDICES:
         raise ValueError(f"index must be one of {', '.join(INDICES)}, got {index!r}")
     scale = _checks.check_scale(scale, q.shape[-1])
-    q, k, v = (_checks.follow_autocast(x) for x in (q, k, v))
+    q, k, v = _checks.follow_autocast(q, k, v)
     positions = any(table is not None for table in tables)
     if backend is None and not positions and _plain(q, k):
         backend = "sdpa"

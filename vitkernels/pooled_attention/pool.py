@@ -294,7 +294,7 @@ def pool_tokens(
     _checks.check_tensor("x", x, _LAYOUT)
     _check_head_dim(x)
     thw = check_thw("thw", thw, x.shape[1], has_cls)
-    x = _checks.follow_autocast(x)
+    (x,) = _checks.follow_autocast(x)
     plan = _plan(x, Pool(weight, norm_weight, norm_bias, stride, kernel, padding, mode), thw, has_cls, eps)
     return _run(x.unsqueeze(2), [plan], backend)[0], plan.size
 
@@ -324,6 +324,6 @@ def pool_qkv(
     _checks.check_packed(qkv, _PACKED_LAYOUT)
     _check_head_dim(qkv)
     thw = check_thw("thw", thw, qkv.shape[1], has_cls, "qkv")
-    qkv = _checks.follow_autocast(qkv)
+    (qkv,) = _checks.follow_autocast(qkv)
     plans = [pool and _plan(qkv[:, :, i], pool, thw, has_cls, eps) for i, pool in enumerate((pool_q, pool_k, pool_v))]
     return tuple((out, plan.size if plan else thw) for out, plan in zip(_run(qkv, plans, backend), plans))

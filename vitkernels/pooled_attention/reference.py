@@ -70,13 +70,13 @@ def index_of(queries: int, keys: int, index: str, device: torch.device) -> Tenso
 
 def resized(table: Tensor, queries: int, keys: int) -> Tensor:  # [length, D] -> [2 * max(queries, keys) - 1, D]
     """A row for every distance along an axis; a table of another length is interpolated."""
-    rows = 2 * max(queries, keys) - 1
-    if len(table) == rows:
+    length, rows = table.shape[0], 2 * max(queries, keys) - 1
+    if length == rows:
         return table
     place = torch.arange(rows, dtype=table.dtype, device=table.device)
-    place = ((place + 0.5) * (len(table) / rows) - 0.5).clamp(0, len(table) - 1)[:, None]
+    place = ((place + 0.5) * (length / rows) - 0.5).clamp(0, length - 1)[:, None]
     lower = place.detach().long()[:, 0]
-    upper = (lower + 1).clamp_max(len(table) - 1)
+    upper = (lower + 1).clamp_max(length - 1)
     share = place - lower[:, None]
     return F.embedding(lower, table) * (1 - share) + F.embedding(upper, table) * share
 
