@@ -71,7 +71,7 @@ class Worker {
   void combine(const Partial& partial, int64_t head) {
     for (int64_t which : {0, 1})
       for (int64_t key = 0; key < keys_; key++) {
-        T* sum = out_.data;
+        T* sum = b_.k.data;  // whose keys are not loaded here
         std::memset((void*)sum, 0, width_ * sizeof(T));
         for (int64_t part = 0; part < p_.parts(); part++) {
           const T* row = partial_of(partial, part, head, which).row(key);
@@ -170,17 +170,28 @@ class Worker {
   // far.
   void start_row(int64_t query, T* row) {
     if (query < block_.lead) return (void)std::memcpy((void*)row, starts_, b_.scores.stride * sizeof(T));
-    const T *rel = rel_.row(query), *t = rel + offset_[0], *h = rel + offset_[1], *w = rel + offset_[2];
-    const bool over_t = has(0), over_h = has(1), over_w = has(2);
-    const int64_t wide = p_.keys.w;
     row[0] = 0;  // of the class token, where there is one
     row += p_.cls;
+    int64_t vectors = ceil_div(p_.keys.w, LANES<T>);
+    vectors == 1 ? start_lines<1>(query, row) : vectors == 2 ? start_lines<2>(query, row) : start_lines<0>(query, row);
+    store(row + p_.keys.lines() * p_.keys.w, broadcast(T(-__builtin_inf())));
+  }
+
+  // Of lines of VECTORS vectors, or of any number if 0.
+  template <int VECTORS>
+  void start_lines(int64_t query, T* row) {
+    const T* axes[3];
+    for (int axis = 0; axis < 3; axis++) axes[axis] = has(axis) ? rel_.row(query) + offset_[axis] : zeros_;
+    const auto [t, h, w] = axes;
+    const int64_t high = p_.keys.h, wide = p_.keys.w;
+    Vec<T> along[VECTORS ? VECTORS : 1];
+    for (int x = 0; x < VECTORS; x++) along[x] = load(w + x * LANES<T>);
     for (int64_t i = 0; i < p_.keys.t; i++)
-      for (int64_t j = 0; j < p_.keys.h; j++, row += wide) {
-        Vec<T> other = broadcast((over_t ? t[i] : 0) + (over_h ? h[j] : 0));
-        for (int64_t x = 0; x < wide; x += LANES<T>) store(row + x, over_w ? load(w + x) + other : other);
+      for (int64_t j = 0; j < high; j++, row += wide) {
+        Vec<T> other = broadcast(t[i] + h[j]);
+        for (int x = 0; x < VECTORS; x++) store(row + x * LANES<T>, along[x] + other);
+        for (int64_t x = 0; !VECTORS && x < wide; x += LANES<T>) store(row + x, load(w + x) + other);
       }
-    store(row, broadcast(T(-__builtin_inf())));
   }
 
   // The gradient of a query's products with terms, from that of its logits.
@@ -234,9 +245,11 @@ class Worker {
   // The block's rows of a tensor, where they lie if nothing needs to be converted or padded; else none.
   Matrix<T> in_place(const View& view) const {
     if constexpr (std::is_same_v<S, T>)
-      if (p_.head_dim == width_) return {row_of(view, block_.head, block_.first), view.x};
+      if (dense()) return {row_of(view, block_.head, block_.first), view.x};
     return {nullptr, 0};
   }
+
+  bool dense() const { return std::is_same_v<S, T> && p_.head_dim == width_; }
 
   void scatter(const View& to, Matrix<T> from, int64_t first, int64_t count, T factor) {
     S* row = row_of(to, block_.head, first);
@@ -270,12 +283,13 @@ class Worker {
   void lay_out(bool backward) {
     int64_t rows = padded<T>(keys_), tokens = p_.largest_block();
     held_ = least(tokens, backward ? HELD : STEP);
-    for (auto* matrix : {&q_, &out_}) *matrix = take(tokens, width_);
+    if (!dense() || backward) q_ = take(tokens, width_);
+    if (!dense()) out_ = take(tokens, width_);
     for (auto* matrix : {&b_.k, &b_.v}) *matrix = take(rows, width_);
     b_.k_transposed = take(width_, rows);
     b_.scores = take_scores(rows);
     rel_ = take(tokens, columns_);
-    starts_ = memory_.take<T>(rows);
+    starts_ = memory_.take<T>(rows), zeros_ = memory_.take<T>(rows);
     ends_ = memory_.take<T>(LANES<T>);
     if (!backward) return;
     b_.dout = take(tokens, width_);
@@ -299,7 +313,7 @@ class Worker {
   Block block_{-1};
   Buffers<T> b_{};
   Matrix<T> q_{}, out_{}, rel_{}, drel_{};
-  T *starts_ = nullptr, *ends_ = nullptr, *dterms_ = nullptr;
+  T *starts_ = nullptr, *zeros_ = nullptr, *ends_ = nullptr, *dterms_ = nullptr;
   Nothing between_;
 };
 
