@@ -161,6 +161,8 @@ class Worker {
     return [this](int64_t begin, int64_t rows, Matrix<T> scores) {
       Matrix<T> start = columns_ ? scores : Matrix<T>{starts_, 0};
       for (int64_t i = 0; columns_ && i < rows; i++) start_row(begin + i, scores.row(i));
+      for (int64_t i = 0; i < rows; i++)  // what the weights' product would wait for
+        for (int64_t d = 0; d < width_; d += 64 / sizeof(T)) __builtin_prefetch(b_.out.row(begin + i) + d, 1);
       multiply<T>(b_.q.at(begin, 0), b_.k_transposed, scores, rows, p_.head_dim, scores.stride, start);
       softmax<T>(scores, rows, scores.stride);
     };

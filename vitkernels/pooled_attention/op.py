@@ -219,10 +219,10 @@ def pooled_attention(
     missing = 3 - len(q_thw)
     tables, q_thw, k_thw = [None] * missing + list(tables), [1] * missing + list(q_thw), [1] * missing + list(k_thw)
     indices = [None] * 3
-    for axis, (table, *lengths) in enumerate(zip(tables, q_thw, k_thw)):
+    for axis, (table, queries, keys) in enumerate(zip(tables, q_thw, k_thw)):
         if table is not None:
-            tables[axis] = resized(table.to(wide), *lengths).contiguous()
-            indices[axis] = index_of(*lengths, index, table.device)
+            tables[axis] = resized(table.to(wide), queries, keys).contiguous()
+            indices[axis] = index_of(queries, keys, index, table.device)
     if backend == "reference":
         return _reference(q, k, v, tables, indices, q_thw, k_thw, has_cls, residual, scale)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))

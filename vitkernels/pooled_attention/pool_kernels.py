@@ -582,7 +582,7 @@ def pool_tokens_forward(
 
 def _backward_pooled(call: Call, dout, x, dpooled, winner, norm_weight: Tensor | None, dnorm: Tensor, eps) -> None:
     """Sums of dnorm are held too: rows in parts, of which a thread has more elements, come in shorter runs."""
-    run, warps = (4, 16) if call.whole else (2, 10)
+    run, warps = (4, 16) if call.whole else (2, 12)
     run = call.longest(run // 2 if call.heavy else run)
     tasks, arguments = call.tiling(call.pooling.pooled, run, call.part, warps)
     programs = call.programs(tasks, warps, arguments)
