@@ -156,7 +156,37 @@ def pooled(case: Maps) -> Callable[[], object]:
     return call
 
 
-KINDS = {"leaves": (clusters, Leaves), "keys": (pooled, Maps)}  # by a word of the case's name
+class Pool(NamedTuple):
+    """A packed projection of four heads on a map, pooled with a norm: a convolution, or the maximum."""
+
+    thw: tuple[int, int, int]
+    kernel: tuple[int, int, int]
+    stride: tuple[int, int, int]
+    cls: int
+    head_dim: int
+    dtype: str
+    maximum: bool = False
+
+
+def pools(case: Pool) -> Callable[[], object]:
+    """A forward and a backward of the pooling of tokens."""
+    from vitkernels.pooled_attention import pool_kernels
+
+    qkv = torch.empty(2, math.prod(case.thw) + case.cls, 3, 4, case.head_dim, dtype=getattr(torch, case.dtype))
+    weight = None if case.maximum else torch.empty(case.head_dim, math.prod(case.kernel))
+    padding = [n // 2 for n in case.kernel]
+    geometry = case.thw, case.kernel, case.stride, padding, case.maximum, bool(case.cls), 1e-6
+
+    def call() -> None:
+        x, dx, _ = qkv.unbind(2)
+        inputs = x, weight, torch.empty(case.head_dim), torch.empty(case.head_dim), *geometry
+        out = pool_kernels.pool_tokens_forward(*inputs)
+        pool_kernels.pool_tokens_backward(out, *inputs, dx)
+
+    return call
+
+
+KINDS = {"leaves": (clusters, Leaves), "keys": (pooled, Maps), "pool": (pools, Pool)}  # by a word of the name
 
 if __name__ == "__main__":
     capability, cases = int(sys.argv[1]), json.loads(sys.argv[2])

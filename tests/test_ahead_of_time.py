@@ -31,6 +31,8 @@ EVERYWHERE = {  # as Case of aot.py: group side, head_dim, dtype, shift, whether
     # as Maps of aot.py: maps of queries and of keys, class token, head_dim, dtype
     "3136 queries, 196 keys, bf16, 96": ((1, 56, 56), (1, 14, 14), 0, 96, "bfloat16"),
     "1569 queries, 393 keys, bf16, 96": ((8, 14, 14), (8, 7, 7), 1, 96, "bfloat16"),
+    # as Pool of aot.py: map, kernel, stride, class token, head_dim, dtype, whether the maximum is taken
+    "pool of 3x3, stride 2, bf16, 96": ((1, 56, 56), (1, 3, 3), (1, 2, 2), 0, 96, "bfloat16"),
 }
 ON_TWO = {
     "16 tokens, bf16, 32": (4, 32, "bfloat16"),
@@ -52,6 +54,10 @@ ON_TWO = {
     "784 queries, 196 keys, fp16, 64": ((1, 28, 28), (1, 14, 14), 0, 64, "float16"),
     "784 queries, 196 keys, bf16, 128": ((1, 28, 28), (1, 14, 14), 0, 128, "bfloat16"),
     "196 queries, 196 keys, fp32, 96": ((1, 14, 14), (1, 14, 14), 0, 96, "float32"),
+    "pool of 3x3, stride 1, fp16, 64": ((1, 56, 56), (1, 3, 3), (1, 1, 1), 0, 64, "float16"),
+    "pool of 3x3, stride 4, fp32, 96": ((1, 56, 56), (1, 3, 3), (1, 4, 4), 0, 96, "float32"),
+    "pool of 3x3x3, stride 8, bf16, 96": ((8, 56, 56), (3, 3, 3), (1, 8, 8), 1, 96, "bfloat16"),
+    "pool of 3x3x3, stride 2, bf16, 96, maximum": ((8, 56, 56), (3, 3, 3), (1, 2, 2), 1, 96, "bfloat16", True),
 }
 
 
@@ -83,7 +89,10 @@ def test_budgets(capability):
     for case, kernels in found.items():
         for name, r in kernels.items():
             assert r["shared"] <= SHARED[capability], (case, name, r)
-            assert "attention" not in name or r["wide"] > 0, (case, name, r)
+            assert ("attention" not in name and "pool" not in name) or r["wide"] > 0, (case, name, r)
+            if "pool" in name:  # rows stay with their threads; twelve or sixteen warps fit a processor
+                assert r["shared"] <= 1, (case, name, r)
+                assert r["registers"] <= (168 if r["warps"] == 2 else 128), (case, name, r)
     if capability == 90:
         forward, backward, _ = found["49 tokens, bf16, 32"].values()
         assert forward["warps"] == 4 and forward["registers"] <= 128

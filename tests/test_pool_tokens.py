@@ -253,8 +253,8 @@ def test_empty_inputs(mode, shape, backend):
 @needs_native
 @pytest.mark.parametrize("mode", ["conv", "max"])
 def test_more_images_than_are_held_at_a_time(mode):
-    """The gradients of 12 MB of windows."""
-    case = ((40, 40), (3, 3), 1, None, 2, 96, True)
+    """A thread holds the gradients of 512 KB of windows, 225 KB to an image here; with two threads 4 images of 9."""
+    case = ((17, 17), (3, 3), 1, None, 2, 96, True)
     inputs, cotangent = make(case, mode, True, batch=9)
     inputs, cotangent = [x.float() for x in inputs], cotangent.float()
     function = functools.partial(run, case, mode, "cpu")
@@ -333,8 +333,9 @@ def test_same_bits_every_time(name, mode):
 @needs_native
 @pytest.mark.parametrize("mode", ["conv", "max"])
 def test_same_bits_for_any_number_of_threads(mode):
+    """... which hold different numbers of images at a time."""
     case = ((28, 28), (3, 3), 2, None, 2, 96, True)
-    inputs, cotangent = make(case, mode, True, batch=3)
+    inputs, cotangent = make(case, mode, True, batch=7)
     inputs, cotangent = [x.float() for x in inputs], cotangent.float()
     threads, results = torch.get_num_threads(), []
     try:

@@ -2,7 +2,7 @@
 #include "pool_tokens.h"
 
 #include <algorithm>
-#include <memory>
+#include <new>
 #include <optional>
 #include <vector>
 
@@ -13,10 +13,11 @@ namespace {
 
 // Products that are worth waking a thread for.
 constexpr int64_t GRAIN = 256 * 1024;
-// Bytes of gradients of windows that a backward pass holds, so that they stay in a cache (or one image's).
-constexpr int64_t HELD = 8 << 20;
-// Windows are divided into shares by their number alone, so that the gradients of the parameters have the same bits for
-// any number of threads.
+// Bytes of gradients of windows that a backward pass holds for each thread, so that they stay in its cache (or one
+// image's).
+constexpr int64_t HELD = 512 * 1024;
+// An image's windows are divided into shares by their number alone, so that the gradients of the parameters have the
+// same bits for any number of threads.
 constexpr int64_t SHARE = 64, SHARES = 64;  // windows and heads at least, shares at most
 
 using Ints = std::vector<int64_t>;
@@ -46,20 +47,30 @@ void check_parameter(const MaybeTensor& parameter, int64_t numel, ScalarType typ
       "weight [head_dim, taps] and the norm's [head_dim] must be contiguous, float32 (float64 with float64 inputs)");
 }
 
+// Memory that begins at a cache line.
+struct Lines {
+  char* const data;
+
+  explicit Lines(int64_t bytes) : data((char*)::operator new(bytes, std::align_val_t{64})) {}
+  Lines(const Lines&) = delete;
+  ~Lines() { ::operator delete(data, std::align_val_t{64}); }
+};
+
 // The parameters as the kernels read them. A maximum has the number of each tap in its row, to be compared with the
 // winner's; an average has equal weights.
 template <class T>
-std::vector<char> prepared(const PoolTokens& problem, const MaybeTensor& weight, const MaybeTensor (&norm)[2]) {
+void prepare(const PoolTokens& problem, const MaybeTensor& weight, const MaybeTensor (&norm)[2],
+             std::optional<Lines>& memory) {
   int64_t taps = problem.taps(), size = problem.row_size();
-  std::vector<char> memory((taps + 2) * size * sizeof(T));
-  T* to = reinterpret_cast<T*>(memory.data());
+  memory.emplace((taps + 2) * size * sizeof(T));
+  T* to = reinterpret_cast<T*>(memory->data);
+  std::fill_n(to, (taps + 2) * size, T(0));
   const T* from = weight ? static_cast<const T*>(weight->data_ptr()) : nullptr;
   for (int64_t tap = 0; tap < taps; tap++)
     for (int64_t d = 0; d < problem.head_dim; d++)
       to[tap * size + d] = from ? from[d * taps + tap] : problem.maximum ? T(tap) : T(1) / T(taps);
   for (int i = 0; i < 2 && problem.norm; i++)
     std::copy_n(static_cast<const T*>(norm[i]->data_ptr()), problem.head_dim, to + (taps + i) * size);
-  return memory;
 }
 
 // A call, and the parameters that its description points to.
@@ -67,7 +78,7 @@ struct Call {
   PoolTokens problem{};
   Element element;
   ScalarType wide;
-  std::vector<char> parameters;
+  std::optional<Lines> parameters;
 
   Call(const Tensor& x, const MaybeTensor& weight, const MaybeTensor& norm_weight, const MaybeTensor& norm_bias,
        const Ints& thw, const Ints& kernel, const Ints& stride, const Ints& padding, bool maximum, bool has_cls,
@@ -88,8 +99,9 @@ struct Call {
     check_parameter(norm_weight, p.head_dim, wide);
     check_parameter(norm_bias, p.head_dim, wide);
     const MaybeTensor norm[2] = {norm_weight, norm_bias};
-    parameters = wide == ScalarType::Double ? prepared<double>(p, weight, norm) : prepared<float>(p, weight, norm);
-    p.parameters = parameters.data();
+    wide == ScalarType::Double ? prepare<double>(p, weight, norm, parameters)
+                               : prepare<float>(p, weight, norm, parameters);
+    p.parameters = parameters->data;
   }
 
   // Rows that are worth waking a thread for, of so many sums of `taps` products.
@@ -112,18 +124,21 @@ Tensor forward(Tensor x, MaybeTensor weight, MaybeTensor norm_weight, MaybeTenso
   return out;
 }
 
-// The sum of the parts, [shares, gradients, row_size], in the order of the shares, in the first of them.
+// sum += the parts, one after the other, which become zero.
 template <class T>
-void sum_parts(T* parts, int64_t shares, int64_t size) {
-  for (int64_t share = 1; share < shares; share++)
-    for (int64_t i = 0; i < size; i++) parts[i] += parts[share * size + i];
+void add_parts(std::vector<char>& sum, std::vector<char>& parts) {
+  int64_t size = sum.size() / sizeof(T);
+  T *to = reinterpret_cast<T*>(sum.data()), *from = reinterpret_cast<T*>(parts.data());
+  for (T* end = from + parts.size() / sizeof(T); size && from < end; from += size)
+    for (int64_t i = 0; i < size; i++) to[i] += from[i], from[i] = 0;
 }
 
+// gradients: [gradients(), row_size()]
 template <class T>
-void store_gradients(const PoolTokens& p, void* parts, int64_t shares, const Tensor& dweight, const Tensor& dnorm) {
+void store_gradients(const PoolTokens& p, const std::vector<char>& gradients, const Tensor& dweight,
+                     const Tensor& dnorm) {
   int64_t size = p.row_size(), taps = p.learned ? p.taps() : 0;
-  T* from = static_cast<T*>(parts);
-  sum_parts(from, shares, p.gradients() * size);
+  const T* from = reinterpret_cast<const T*>(gradients.data());
   for (int64_t d = 0; d < p.head_dim; d++)
     for (int64_t tap = 0; tap < taps; tap++) static_cast<T*>(dweight.data_ptr())[d * taps + tap] = from[tap * size + d];
   for (int64_t i = 0; i < 2 && p.norm; i++)
@@ -148,33 +163,27 @@ std::tuple<Tensor, Tensor> backward(Tensor dout, Tensor x, MaybeTensor weight, M
       p.norm ? torch::stable::new_empty(x, {2, p.head_dim}, call.wide) : torch::stable::new_empty(x, {0}, call.wide);
   if (x.numel() == 0) return {torch::stable::zero_(dweight), torch::stable::zero_(dnorm)};
 
-  int64_t element_size = call.wide == ScalarType::Double ? 8 : 4;
-  int64_t image_bytes = windows * p.heads * p.pooled_size() * element_size;
-  p.images = std::clamp(HELD / image_bytes, int64_t(1), batch);
-  // not a vector: nobody reads what was not written
-  std::unique_ptr<char[]> dpooled(new char[p.images * image_bytes + 64]);
-  p.dpooled = dpooled.get() + (64 - reinterpret_cast<uintptr_t>(dpooled.get()) % 64);
-  int64_t shares = std::clamp(p.images * windows * p.heads / SHARE, int64_t(1), std::min(SHARES, p.images * p.rows()));
-  int64_t part = p.gradients() * p.row_size() * element_size;
-  std::vector<char> parts(shares * part);
+  bool wide = call.wide == ScalarType::Double;
+  int64_t element_size = wide ? 8 : 4, image_bytes = windows * p.heads * p.pooled_size() * element_size;
+  p.images = std::clamp<int64_t>(HELD * torch::stable::get_num_threads() / image_bytes, 1, batch);
+  Lines dpooled(p.images * image_bytes);
+  p.dpooled = dpooled.data;
+  int64_t shares = std::clamp<int64_t>(windows * p.heads / SHARE, 1, std::min(SHARES, p.rows()));  // of an image
+  std::vector<char> gradients(p.gradients() * p.row_size() * element_size), parts(p.images * shares * gradients.size());
 
   PoolBackwardWindows to_windows = kernels().backward_windows[int(call.element)];
   PoolBackwardTokens to_tokens = kernels().backward_tokens[int(call.element)];
   for (int64_t first = 0, last; first < batch; first = last) {
     last = std::min(first + p.images, batch);
-    int64_t start = first * p.rows(), rows = (last - first) * p.rows();
-    torch::stable::parallel_for(0, shares, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; i++)
-        to_windows(p, start + i * rows / shares, start + (i + 1) * rows / shares, parts.data() + i * part);
+    torch::stable::parallel_for(first * shares, last * shares, 1, [&](int64_t begin, int64_t end) {
+      to_windows(p, shares, begin, end, parts.data() + (begin - first * shares) * gradients.size());
     });
+    wide ? add_parts<double>(gradients, parts) : add_parts<float>(gradients, parts);
     torch::stable::parallel_for(first * p.rows_of_tokens(), last * p.rows_of_tokens(),
                                 call.grain(p.w.tokens, p.t.overlap() * p.h.overlap() * p.w.overlap()),
                                 [&](int64_t begin, int64_t end) { to_tokens(p, begin, end); });
   }
-  if (call.wide == ScalarType::Double)
-    store_gradients<double>(p, parts.data(), shares, dweight, dnorm);
-  else
-    store_gradients<float>(p, parts.data(), shares, dweight, dnorm);
+  wide ? store_gradients<double>(p, gradients, dweight, dnorm) : store_gradients<float>(p, gradients, dweight, dnorm);
   return {dweight, dnorm};
 }
 

@@ -42,8 +42,9 @@ struct PoolTokens {
 
 // Rows of windows [begin, end), counted through the images.
 using PoolForward = void (*)(const PoolTokens&, int64_t begin, int64_t end);
-// The same, in shares: writes dpooled, and dx of class tokens; adds to gradients, [gradients(), row_size()].
-using PoolBackwardWindows = void (*)(const PoolTokens&, int64_t begin, int64_t end, void* gradients);
+// Shares [begin, end) of these rows, so many to an image: writes dpooled, and dx of class tokens; adds to gradients,
+// [end - begin, gradients(), row_size()].
+using PoolBackwardWindows = void (*)(const PoolTokens&, int64_t shares, int64_t begin, int64_t end, void* gradients);
 // Rows of tokens [begin, end), counted through the images: writes dx.
 using PoolBackwardTokens = void (*)(const PoolTokens&, int64_t begin, int64_t end);
 

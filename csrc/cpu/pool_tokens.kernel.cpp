@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <type_traits>
+#include <utility>
 
 #include "workspace.h"
 
@@ -75,10 +76,53 @@ VITKERNELS_INLINE void for_groups(int64_t size, Visit visit) {
   for (int64_t d = 0; d < size; d += VECTORS * LANES<T>) visit(least(d, size - VECTORS * LANES<T>));
 }
 
+// Brings rows near that the next line of windows or of tokens will use, a few at every call (see
+// partition_attention.kernel.cpp).
+class Fetch {
+ public:
+  // Forgets what was not brought. All that is added from here on is brought by `calls` calls.
+  void start(int64_t row_bytes, int64_t calls) {
+    row_bytes_ = row_bytes, calls_ = calls, due_ = rows_ = runs_ = run_ = row_ = 0;
+  }
+
+  // Rows first + stride * place, for `count` places (null: the first ones), to be read or to be written.
+  template <class S>
+  void add(const S* first, int64_t stride, int64_t count, const int64_t* places, bool write) {
+    if (runs_ == MAX_RUNS || count == 0) return;
+    run_of_[runs_++] = {(const char*)first, stride * (int64_t)sizeof(S), count, places, write};
+    rows_ += count;
+  }
+
+  VITKERNELS_INLINE void operator()() {
+    for (due_ += rows_; due_ > 0 && run_ < runs_; due_ -= calls_) {
+      const Run& run = run_of_[run_];
+      const char* row = run.first + (run.places ? run.places[row_] : row_) * run.stride;
+      if (run.write)
+        for (int64_t byte = 0; byte < row_bytes_; byte += 64) __builtin_prefetch(row + byte, 1, 2);
+      else
+        for (int64_t byte = 0; byte < row_bytes_; byte += 64) __builtin_prefetch(row + byte, 0, 2);
+      if (++row_ == run.count) row_ = 0, run_++;
+    }
+  }
+
+ private:
+  struct Run {
+    const char* first;
+    int64_t stride, count;  // bytes, rows
+    const int64_t* places;
+    bool write;
+  };
+  static constexpr int64_t MAX_RUNS = 16;
+
+  int64_t row_bytes_ = 0, calls_ = 1;
+  int64_t due_ = 0, rows_ = 0, runs_ = 0, run_ = 0, row_ = 0;  // due_: rows to be brought, times calls_
+  Run run_of_[MAX_RUNS];
+};
+
 // Rows to[0, COUNT), of which each takes its taps `step` places after the one before it.
 template <class Use, class T, int VECTORS, int COUNT>
 void pool_tile(const Tap<T>* taps, int64_t number, int64_t place, int64_t step, int64_t size, Matrix<T> to,
-               int64_t apart) {
+               int64_t apart, Fetch& fetch) {
   int64_t places[COUNT];
   for (int i = 0; i < COUNT; i++) places[i] = place + i * step;
   for_groups<T, VECTORS>(size, [&](int64_t d) {
@@ -104,6 +148,7 @@ void pool_tile(const Tap<T>* taps, int64_t number, int64_t place, int64_t step, 
     for (int i = 0; i < COUNT; i++)
 #pragma GCC unroll 16
       for (int j = 0; j < VECTORS; j++) store(to.row(i) + d + j * LANES<T>, sum[i][j]);
+    fetch();
   });
 }
 
@@ -230,12 +275,14 @@ template <class T>
 class Places {
  public:
   void lay_out(Workspace& memory, int64_t slots, int64_t places) {
-    places_ = places;
+    places_ = places, slots_ = slots;
     rows_ = memory.take<const T*>(slots * places);
     numbers_ = memory.take<int64_t>(slots);
   }
 
   VITKERNELS_INLINE int64_t size() const { return places_; }
+
+  void fill(const T* row) { std::fill_n(rows_, slots_ * places_, row); }
 
   // What fill(addresses) wrote for row `number` into its slot.
   template <class Fill>
@@ -247,7 +294,7 @@ class Places {
   }
 
  private:
-  int64_t places_ = 0;
+  int64_t places_ = 0, slots_ = 0;
   const T** rows_ = nullptr;
   int64_t* numbers_ = nullptr;
 };
@@ -265,6 +312,7 @@ class Worker {
         vectors_(least(share_of(ceil_div(width_, LANES<T>), MAX_VECTORS), width_ / LANES<T>)),
         norm_(problem.head_dim, parameter(problem.taps()), parameter(problem.taps() + 1), problem.eps) {
     memory_.allocate([&] { pass == Pass::BACKWARD_TOKENS ? lay_out_tokens() : lay_out_windows(pass); });
+    if (pass != Pass::BACKWARD_TOKENS) find_seen_tokens();
     if (p_.maximum && pass == Pass::BACKWARD_TOKENS)
       std::fill_n(padding_ + size_, size_, T(-1));  // no tap's number
     else if (p_.maximum)
@@ -274,7 +322,7 @@ class Worker {
   void forward(int64_t begin, int64_t end) {
     for_rows_of_windows(begin, end, [&](int64_t image, int64_t line, int64_t head) {
       int64_t first = first_window(line), windows = line < 0 ? 1 : p_.w.windows();
-      if (line >= 0) find_taps_of_windows(image, line, head);
+      if (line >= 0) find_taps_of_windows(image, line, head), fetch_windows(image, line + 1, head, p_.out, true);
       for (int64_t i = 0, count; i < windows; i += count) {
         count = share_of(windows - i, BLOCK);
         pool_block(image, line, head, i, count);
@@ -296,7 +344,7 @@ class Worker {
       int64_t windows = cls ? 1 : p_.w.windows();
       T* dnorm = gradients + (p_.gradients() - 2) * size_;
       Matrix<T> to = cls ? dcls_ : dpooled(image, line / p_.h.windows(), line % p_.h.windows(), head);
-      if (pooled) find_taps_of_windows(image, line, head);
+      if (pooled) find_taps_of_windows(image, line, head), fetch_windows(image, line + 1, head, p_.dout, false);
       for (int64_t i = 0, count; i < windows; i += count) {
         count = share_of(windows - i, BLOCK);
         Matrix<T> dout = find_dout(row_of<S>(p_.dout, image, first_window(line) + i, head), count);
@@ -317,11 +365,13 @@ class Worker {
   void backward_tokens(int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; row++) {
       int64_t line = row % p_.rows_of_tokens(), image = row / p_.rows_of_tokens();
-      for (int64_t head = 0; head < p_.heads; head++)
+      for (int64_t head = 0; head < p_.heads; head++) {
+        fetch_tokens(image, line + 1, head);
         for (int64_t residue = 0; residue < p_.w.stride; residue++) {
           find_taps_of_tokens(image, line, head, residue);
-          gather_tokens(row_of<S>(p_.dx, image, p_.cls + line * p_.w.tokens, head), residue);
+          gather_tokens(line_of_tokens(p_.dx, image, line, head), residue);
         }
+      }
     }
   }
 
@@ -331,7 +381,9 @@ class Worker {
 
   void lay_out_windows(Pass pass) {
     int64_t slots = p_.t.kernel * p_.h.kernel * p_.heads;
-    places_.lay_out(memory_, slots, p_.w.first_token(p_.w.windows() - 1) + p_.w.padding + p_.w.kernel);
+    int64_t places = std::max(p_.w.first_token(p_.w.windows() - 1) + p_.w.kernel, p_.w.tokens) + p_.w.padding;
+    places_.lay_out(memory_, slots, places);
+    seen_tokens_ = memory_.take<int64_t>(p_.w.tokens);
     copies_ = memory_.take<T>(direct_ ? 0 : slots * p_.w.tokens, size_);
     padding_ = memory_.take<T>(size_);
     taps_ = memory_.take<Tap<T>>(p_.taps());
@@ -350,6 +402,15 @@ class Worker {
     block_ = memory_.take<T>(BLOCK, size_);
   }
 
+  // Places are in the padding but for those of tokens that windows see.
+  void find_seen_tokens() {
+    places_.fill(padding_);
+    for (int64_t x = 0; x < p_.w.tokens; x++) {
+      int64_t place = x + p_.w.padding, last = std::min(place / p_.w.stride, p_.w.windows() - 1);
+      if (place - last * p_.w.stride < p_.w.kernel) seen_tokens_[seen_++] = x;
+    }
+  }
+
   VITKERNELS_INLINE const T* parameter(int64_t row) const { return (const T*)p_.parameters + row * size_; }
 
   // Of windows (t, y, 0), (t, y, 1), ... of a head.
@@ -364,6 +425,10 @@ class Worker {
   VITKERNELS_INLINE void for_rows_of_windows(int64_t begin, int64_t end, Visit visit) {
     for (int64_t row = begin; row < end; row++)
       for (int64_t head = 0; head < p_.heads; head++) visit(row / p_.rows(), row % p_.rows() - p_.cls, head);
+  }
+
+  VITKERNELS_INLINE S* line_of_tokens(const View& view, int64_t image, int64_t line, int64_t head) const {
+    return row_of<S>(view, image, p_.cls + line * p_.w.tokens, head);
   }
 
   // In the output.
@@ -382,18 +447,48 @@ class Worker {
       }
   }
 
+  // Fetches what a line of windows reads that the lines before it did not, and its row of out or dout. Windows that
+  // have no tokens in common leave no time for that.
+  void fetch_windows(int64_t image, int64_t line, int64_t head, const View& view, bool write) {
+    start_fetch(p_.w.windows());
+    if (line == p_.t.windows() * p_.h.windows() || p_.h.stride >= p_.h.kernel) return;
+    auto [first_t, last_t] = unseen(p_.t, line / p_.h.windows());
+    auto [first_y, last_y] = unseen(p_.h, line % p_.h.windows());
+    for (int64_t t = first_t; t < last_t; t++)
+      for (int64_t y = first_y; y < last_y; y++)
+        fetch_.add(line_of_tokens(p_.x, image, t * p_.h.tokens + y, head), p_.x.x, seen_, seen_tokens_, false);
+    fetch_.add(row_of<S>(view, image, first_window(line), head), view.x, p_.w.windows(), nullptr, write);
+  }
+
+  // From where to where a window has tokens that the one before it has not.
+  static std::pair<int64_t, int64_t> unseen(const PoolAxis& axis, int64_t window) {
+    int64_t first = axis.first_token(window), before = window ? first - axis.stride + axis.kernel : 0;
+    return {std::max(first, before), least(first + axis.kernel, axis.tokens)};
+  }
+
+  // Fetches a line of dx.
+  void fetch_tokens(int64_t image, int64_t line, int64_t head) {
+    start_fetch(p_.w.tokens);
+    if (line == p_.rows_of_tokens()) return;
+    fetch_.add(line_of_tokens(p_.dx, image, line, head), p_.dx.x, p_.w.tokens, nullptr, true);
+  }
+
+  // For so many rows that pool() is about to make.
+  void start_fetch(int64_t rows) {
+    int64_t groups = ceil_div(width_, vectors_ * LANES<T>);
+    fetch_.start(p_.head_dim * sizeof(S), groups * ceil_div(rows, tile_rows(int(vectors_))));
+  }
+
   // The tokens of a line from the first window's first to the last window's last, in the padding or not.
   const T* const* find_tokens(int64_t image, int64_t t, int64_t y, int64_t head) {
     int64_t slot = (t % p_.t.kernel * p_.h.kernel + y % p_.h.kernel) * p_.heads + head;
     int64_t line = t * p_.h.tokens + y;
     return places_.find(slot, image * p_.rows_of_tokens() + line, [&](const T** rows) {
-      const S* from = row_of<S>(p_.x, image, p_.cls + line * p_.w.tokens, head);
-      for (int64_t window = 0, place = 0; window < p_.w.windows(); window++)
-        for (place = std::max(place, window * p_.w.stride); place < window * p_.w.stride + p_.w.kernel; place++) {
-          int64_t x = place - p_.w.padding;
-          bool inside = x >= 0 && x < p_.w.tokens;
-          rows[place] = inside ? find_token(from + x * p_.x.x, slot * p_.w.tokens + x) : padding_;
-        }
+      const S* from = line_of_tokens(p_.x, image, line, head);
+      for (int64_t i = 0; i < seen_; i++) {
+        int64_t x = seen_tokens_[i];
+        rows[p_.w.padding + x] = find_token(from + x * p_.x.x, slot * p_.w.tokens + x);
+      }
     });
   }
 
@@ -460,16 +555,16 @@ class Worker {
     }
   }
 
-  void gather(int64_t place, int64_t count, Matrix<T> to) const {
+  void gather(int64_t place, int64_t count, Matrix<T> to) {
     p_.maximum ? pool<SumOfWon<T>>(place, count, 1, to) : pool<Sum<T>>(place, count, 1, to);
   }
 
   // Rows to[0, count) from the taps, `step` places apart.
   template <class Use>
-  void pool(int64_t place, int64_t count, int64_t step, Matrix<T> to) const {
+  void pool(int64_t place, int64_t count, int64_t step, Matrix<T> to) {
     with_constant<MAX_VECTORS>(vectors_, [&](auto vectors) {
       for_tiles<tile_rows(vectors)>(count, [&](int64_t i, auto tile) {
-        pool_tile<Use, T, vectors, tile>(taps_, number_, place + i * step, step, width_, to.at(i, 0), size_);
+        pool_tile<Use, T, vectors, tile>(taps_, number_, place + i * step, step, width_, to.at(i, 0), size_, fetch_);
       });
     });
   }
@@ -540,8 +635,10 @@ class Worker {
   const LayerNorm<T> norm_;
   Workspace memory_;
   Places<T> places_;
-  Matrix<T> copies_{};  // converted tokens
-  T* padding_;          // the row of a place outside the map
+  Fetch fetch_;
+  int64_t seen_ = 0, *seen_tokens_ = nullptr;  // of a line, those that windows see
+  Matrix<T> copies_{};                         // converted tokens
+  T* padding_;                                 // the row of a place outside the map
   Tap<T>* taps_;
   int64_t number_ = 0;                   // of taps inside the map
   Matrix<T> block_{}, dout_{}, dcls_{};  // [BLOCK, row_size], [1, row_size]
@@ -554,8 +651,13 @@ void forward(const PoolTokens& problem, int64_t begin, int64_t end) {
 }
 
 template <class S>
-void backward_windows(const PoolTokens& problem, int64_t begin, int64_t end, void* gradients) {
-  Worker<S>(problem, Pass::BACKWARD_WINDOWS).backward_windows(begin, end, (Accumulation<S>*)gradients);
+void backward_windows(const PoolTokens& problem, int64_t shares, int64_t begin, int64_t end, void* gradients) {
+  Worker<S> worker(problem, Pass::BACKWARD_WINDOWS);
+  auto* to = (Accumulation<S>*)gradients;
+  for (int64_t share = begin; share < end; share++, to += problem.gradients() * problem.row_size()) {
+    int64_t start = share / shares * problem.rows(), part = share % shares;
+    worker.backward_windows(start + part * problem.rows() / shares, start + (part + 1) * problem.rows() / shares, to);
+  }
 }
 
 template <class S>

@@ -330,17 +330,18 @@ def _norm_backward(
     normal, rstd = _normalise(z, EPS, SPEC)
     inside = (window.line & window.inside[PLACE])[:, None]
     token = Window(window.first + PLACE, window.line, (window.inside[PLACE],))
-    dnormal, products, sums, more_sums = (), (), (), ()
+    gradients, dnormal, products, sums, more_sums = (), (), (), (), ()
     for i in tl.static_range(len(z)):
         b_do = tl.cast(_load_window(dout, image, head, token, i * SPEC.BLOCK_D, SPEC)[0], z[0].dtype)  # [M, D]
-        sums += (dweight[i] + tl.where(inside, b_do * normal[i], 0.0),)
-        more_sums += (dbias[i] + b_do,)
+        gradients += (b_do,)
         part = b_do * _vector(norm_weight, i * SPEC.BLOCK_D, SPEC)
         dnormal += (part,)
         products += (part * normal[i],)
     mean, slope = _mean(dnormal, SPEC), _mean(products, SPEC)
     for i in tl.static_range(len(z)):
         part = (dnormal[i] - mean - normal[i] * slope) * rstd
+        sums += (dweight[i] + tl.where(inside, gradients[i] * normal[i], 0.0),)  # in the loop above they would spill
+        more_sums += (dbias[i] + gradients[i],)
         _store_token(dpooled, image, head, window, PLACE, 1, part, i * SPEC.BLOCK_D, SPEC)
     return sums, more_sums
 
@@ -581,7 +582,10 @@ def pool_tokens_forward(
 
 
 def _backward_pooled(call: Call, dout, x, dpooled, winner, norm_weight: Tensor | None, dnorm: Tensor, eps) -> None:
-    """Sums of dnorm are held too: rows in parts, of which a thread has more elements, come in shorter runs."""
+    """Sums of dnorm are held too: rows in parts, of which a thread has more elements, come in shorter runs.
+
+    Fewer than twelve warps are eight: a quarter of a processor has registers for three of 168, or for two.
+    """
     run, warps = (4, 16) if call.whole else (2, 12)
     run = call.longest(run // 2 if call.heavy else run)
     tasks, arguments = call.tiling(call.pooling.pooled, run, call.part, warps)
