@@ -56,8 +56,8 @@ ON_TWO = {
     "196 queries, 196 keys, fp32, 96": ((1, 14, 14), (1, 14, 14), 0, 96, "float32"),
     "pool of 3x3, stride 1, fp16, 64": ((1, 56, 56), (1, 3, 3), (1, 1, 1), 0, 64, "float16"),
     "pool of 3x3, stride 4, fp32, 96": ((1, 56, 56), (1, 3, 3), (1, 4, 4), 0, 96, "float32"),
-    "pool of 3x3x3, stride 8, bf16, 96": ((8, 56, 56), (3, 3, 3), (1, 8, 8), 1, 96, "bfloat16"),
-    "pool of 3x3x3, stride 2, bf16, 96, maximum": ((8, 56, 56), (3, 3, 3), (1, 2, 2), 1, 96, "bfloat16", True),
+    "pool of 3x3x3, stride 2, bf16, 96": ((8, 56, 56), (3, 3, 3), (1, 2, 2), 1, 96, "bfloat16"),
+    "pool of 3x3x3, stride 8, bf16, 96, maximum": ((8, 56, 56), (3, 3, 3), (1, 8, 8), 1, 96, "bfloat16", True),
 }
 
 
@@ -72,6 +72,7 @@ SPILLED = {  # bytes of a thread; 0 where nothing stands
     (80, "196 queries, 196 keys, fp32, 96", "attention_backward_query"): 352,
     (90, "196 queries, 196 keys, fp32, 96", "attention_forward"): 272,
     (90, "196 queries, 196 keys, fp32, 96", "attention_backward_query"): 376,
+    (80, "pool of 3x3x3, stride 2, bf16, 96", "pool_tokens_backward_pooled"): 8,
 }
 
 

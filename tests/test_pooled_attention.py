@@ -458,6 +458,60 @@ def test_opcheck(backend):
         torch.library.opcheck(ops.pooled_attention_backward.default, arguments, test_utils=utilities)
 
 
+RUNS = {  # rows of a table of 40 that 5 queries and 4 keys of an axis meet
+    "in turn": torch.arange(5)[:, None] * 3 + torch.arange(4),
+    "every third": torch.arange(5)[:, None] + torch.arange(4) * 3,
+    "every seventh, backwards": 39 - torch.arange(5)[:, None] - torch.arange(4) * 7,
+    "one row": torch.arange(5)[:, None].expand(5, 4).contiguous(),
+    "steps that differ": torch.arange(5)[:, None] * torch.arange(4),
+    "any": torch.randint(40, (5, 4), generator=torch.Generator().manual_seed(0)),
+}
+
+
+@compiled
+@pytest.mark.parametrize("name", RUNS)
+def test_any_rows(name, backend):
+    """The operators take any choice of rows, of which maps use a few kinds."""
+    from vitkernels.pooled_attention.reference import pooled_attention as reference
+
+    torch.manual_seed(0)
+    index = RUNS[name]
+    draw = functools.partial(torch.randn, dtype=torch.float64)
+    q, k, v, table = draw(2, 15, 2, 16), draw(2, 8, 2, 16), draw(2, 8, 2, 16), draw(40, 16)
+    leaves = [x.requires_grad_() for x in (q, k, v, table)]
+    geometry = [1, 3, 5], [1, 2, 4], False, 1, 0.25
+    expected = reference(*leaves[:3], [None, None, table], [None, None, index], *geometry[:3], "all", 0.25)
+    dout = draw(expected.shape)
+    gradients = torch.autograd.grad(expected, leaves, dout)
+    dtype, device = (torch.float64, "cpu") if backend == "cpu" else (torch.float32, DEVICE[backend])
+    q, k, v, table, dout = (x.detach().to(device, dtype) for x in (*leaves, dout))
+    inputs = (q, k, v, None, None, table, None, None, index.to(device))
+    out, statistic = torch.ops.vitkernels.pooled_attention_forward(*inputs, *geometry)
+    dq, dk, dv, *_, dtable = torch.ops.vitkernels.pooled_attention_backward(dout, *inputs, statistic, *geometry)
+    tolerance = dict(rtol=1e-10, atol=1e-10) if dtype == torch.float64 else dict(rtol=1e-3, atol=1e-3)
+    for a, b in zip((out, dq, dk, dv, dtable), (expected.detach(), *gradients)):
+        torch.testing.assert_close(a.to("cpu", torch.float64), b, **tolerance)
+
+
+@pytest.mark.parametrize("backend", [cpu])
+def test_the_raw_operator_refuses_what_does_not_fit(backend):
+    q, k, table = torch.randn(1, 15, 2, 16), torch.randn(1, 8, 2, 16), torch.randn(40, 16)
+    index = RUNS["in turn"]
+    for bad_table, bad_index in (
+        (table, index + 30),  # rows that the table has not
+        (table, index - 1),
+        (table, None),
+        (table, index.int()),
+        (table, index.T.contiguous()),
+        (table.double(), index),
+        (table[:, :8].contiguous(), index),
+        (table.T.contiguous().T, index),
+    ):
+        inputs = (q, k, k, None, None, bad_table, None, None, bad_index)
+        with pytest.raises(RuntimeError):
+            torch.ops.vitkernels.pooled_attention_forward(*inputs, [1, 3, 5], [1, 2, 4], False, 1, 0.25)
+
+
 @compiled
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile(dynamic, backend):

@@ -34,7 +34,7 @@ struct Order {
 };
 
 // index: [queries, keys], rows of a table of `length`. Where each query's are a fixed step apart, a table needs its own
-// rows only: those a step apart from each other, in turn, from every one of the first rows. Else every query has its own.
+// rows once each: those a step apart in turn, from every one of the first rows. Else every query has rows of its own.
 Order order_of(const int64_t* index, int64_t queries, int64_t keys, int64_t length) {
   int64_t step = keys > 1 ? index[1] - index[0] : 1;
   bool even = step != 0;

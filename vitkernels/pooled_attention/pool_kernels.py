@@ -330,18 +330,17 @@ def _norm_backward(
     normal, rstd = _normalise(z, EPS, SPEC)
     inside = (window.line & window.inside[PLACE])[:, None]
     token = Window(window.first + PLACE, window.line, (window.inside[PLACE],))
-    gradients, dnormal, products, sums, more_sums = (), (), (), (), ()
+    dnormal, products, sums, more_sums = (), (), (), ()
     for i in tl.static_range(len(z)):
         b_do = tl.cast(_load_window(dout, image, head, token, i * SPEC.BLOCK_D, SPEC)[0], z[0].dtype)  # [M, D]
-        gradients += (b_do,)
+        more_sums += (dbias[i] + b_do,)
+        sums += (tl.where(inside, dweight[i] + b_do * normal[i], dweight[i]),)
         part = b_do * _vector(norm_weight, i * SPEC.BLOCK_D, SPEC)
         dnormal += (part,)
         products += (part * normal[i],)
     mean, slope = _mean(dnormal, SPEC), _mean(products, SPEC)
     for i in tl.static_range(len(z)):
         part = (dnormal[i] - mean - normal[i] * slope) * rstd
-        sums += (dweight[i] + tl.where(inside, gradients[i] * normal[i], 0.0),)  # in the loop above they would spill
-        more_sums += (dbias[i] + gradients[i],)
         _store_token(dpooled, image, head, window, PLACE, 1, part, i * SPEC.BLOCK_D, SPEC)
     return sums, more_sums
 
