@@ -104,11 +104,8 @@ class Call {
     shares += terms.place * stride;
     for (int64_t row = 0; row < terms.count; row++) {
       T* to = static_cast<T*>(sum.data_ptr()) + rows_[axis].order.rows[row] * problem.head_dim;
-      for (int64_t d = 0; d < problem.head_dim; d++) {
-        T total = 0;
-        for (int64_t share = 0; share < problem.shares(); share++) total += shares[share * size + row * stride + d];
-        to[d] += total;
-      }
+      for (int64_t share = 0; share < problem.shares(); share++)
+        for (int64_t d = 0; d < problem.head_dim; d++) to[d] += shares[share * size + row * stride + d];
     }
     return sum;
   }
