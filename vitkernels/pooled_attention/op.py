@@ -125,8 +125,8 @@ def _check_rel_pos(rel_pos: object, q: Tensor, q_thw: tuple[int, ...]) -> tuple[
     return tuple(rel_pos)
 
 
-# Queries and keys of which there must be more on a CPU for PyTorch's attention to be faster than ours, which holds
-# whole rows of scores: MViTv1-B 16x4, forward and backward (docs/performance.md).
+# Queries and keys of which there must be more on a CPU for PyTorch's attention to be as fast as ours, which holds whole
+# rows of scores: MViTv1-B 16x4, forward and backward (docs/performance.md).
 _MANY = 1024
 
 
