@@ -1,28 +1,14 @@
 """A program of test_triton.py: launches on tensors that end on an inaccessible page."""
 
-import ctypes
-import mmap
 import os
 
 os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
+from guarded import guarded
 
 from vitkernels import Partition
 from vitkernels.partition_attention import kernels
-
-
-def guarded(x: torch.Tensor) -> torch.Tensor:
-    """A copy of ``x`` whose last element is the last before a page that cannot be read or written."""
-    size = x.numel() * x.element_size()
-    room = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
-    memory = mmap.mmap(-1, room + mmap.PAGESIZE)
-    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.mprotect(ctypes.c_void_p(address + room), ctypes.c_size_t(mmap.PAGESIZE), 0):
-        raise OSError(ctypes.get_errno(), "mprotect")
-    return torch.frombuffer(memory, dtype=x.dtype, count=x.numel(), offset=room - size).view(x.shape).copy_(x)
-
 
 for partition, height, width in (
     (Partition.window(4), 6, 7),

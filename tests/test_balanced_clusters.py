@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from contract import leaf_of, photograph_features
+from levels import LEVELS, run_at
 
 import vitkernels
 from vitkernels import FeatureSpaceAttention, balanced_clusters
@@ -230,12 +227,7 @@ def test_every_vector_level_gives_the_same_leaves():
         pytest.skip(vitkernels._native.cpu.reason)
     code = "import torch, vitkernels; torch.manual_seed(0); x = torch.randn(2, 196, 3, 20)\n"
     code += "print(vitkernels.balanced_clusters(x).view(2, 3, 4, 49).sort(-1).values.flatten().tolist())"
-    found = set()
-    for level in ("default", "avx2", "avx512"):
-        environment = os.environ | {"VITKERNELS_CPU_CAPABILITY": level}
-        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-        found.add(done.stdout)
-    assert len(found) == 1
+    assert len({run_at(level, code) for level in LEVELS}) == 1
 
 
 @backends

@@ -2,49 +2,24 @@
 
 import importlib.util
 import os
-import platform
 import random
 import shutil
 import subprocess
-import sys
 import sysconfig
-from pathlib import Path
 
 import pytest
 import torch
+from levels import LEVELS, ROOT, run_at, supported
 
 from vitkernels import Partition, _native, feature_space_attention, partition_attention
 from vitkernels.partition_attention.reference import partition_attention as reference
 from vitkernels.partition_attention.reference import relative_position_index
 from vitkernels.tree import Tree
 
-ROOT = Path(__file__).parents[1]
-LEVELS = ("avx512", "avx2", "default")
 MARCH = {"avx512": ["-march=x86-64-v4"], "avx2": ["-march=x86-64-v3"], "default": []}
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 needs_native = pytest.mark.skipif(not _native.cpu.available, reason=str(_native.cpu.reason))
-
-
-def supported(level: str) -> bool:
-    """Whether this machine runs code for ``level``."""
-    if level == "default":
-        return True
-    return _native.cpu.available and platform.machine() in ("x86_64", "AMD64") and _run_level(level) == level
-
-
-def _run(code: str, level: str = "", *arguments: str) -> str:
-    """What Python prints for ``code``, in a process of its own, with the vectors of ``level``."""
-    environment = os.environ | ({"VITKERNELS_CPU_CAPABILITY": level} if level else {})
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    command = [sys.executable, "-c", code, *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
-    return done.stdout.strip()
-
-
-def _run_level(level: str) -> str:
-    return _run("from vitkernels import _native; print(_native.capability())", level)
 
 
 @pytest.fixture(scope="module", params=LEVELS)
@@ -227,7 +202,7 @@ for q_thw, k_thw, head_dim in [((14, 14), (14, 14), 96), ((4, 9, 5), (2, 3, 5), 
 def test_every_level_holds_the_contract(level):
     if not supported(level):
         pytest.skip(f"this machine has no {level}")
-    _run(CONTRACT, level, level)
+    run_at(level, CONTRACT, level)
 
 
 @needs_native
@@ -245,25 +220,9 @@ def test_float64_is_exact_to_rounding():
 
 
 GUARDED = """
-import ctypes, mmap, sys, torch
-from vitkernels import Partition, partition_attention
-
-PAGE = mmap.PAGESIZE
-libc = ctypes.CDLL(None, use_errno=True)
-keep = []
-
-def guarded(x, at_end):
-    '''x in memory whose end, or start, touches a page that must not be accessed.'''
-    size = x.numel() * x.element_size()
-    pages = -(-size // PAGE)
-    memory = mmap.mmap(-1, (pages + 2) * PAGE)
-    keep.append(memory)
-    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    for page in (0, pages + 1):
-        assert libc.mprotect(ctypes.c_void_p(address + page * PAGE), ctypes.c_size_t(PAGE), 0) == 0
-    offset = PAGE + (pages * PAGE - size if at_end else 0)
-    y = torch.frombuffer(memory, dtype=x.dtype, count=x.numel(), offset=offset).view(x.shape)
-    return y.copy_(x)
+import itertools, torch
+from guarded import guarded
+from vitkernels import Partition
 
 torch.manual_seed(0)
 run = torch.ops.vitkernels
@@ -277,9 +236,9 @@ for height, width, heads, head_dim, partition in [
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         q, k, v, dout = torch.randn(4, 2, height, width, heads, head_dim).to(dtype)
         bias = torch.randn(heads, *(2 * g - 1 for g in partition.group)).to(wide)
-        for at_end in (False, True):
-            x = [guarded(t, at_end) for t in (q, k, v, bias)]
-            dx = guarded(dout, at_end)
+        for at in ("start", "end"):
+            x = [guarded(t, at) for t in (q, k, v, bias)]
+            dx = guarded(dout, at)
             out, statistic = run.partition_attention_forward(*x, [], False, *geometry, 0.2)
             dqkv, dbias = run.partition_attention_backward(dx, *x, [], False, statistic, *geometry, 0.2)
             assert all(t.isfinite().all() for t in (out, dqkv, dbias))
@@ -289,10 +248,10 @@ for tokens, heads, head_dim, leaf_size, overlap in [
     for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
         q, k, v, dout = torch.randn(4, 2, tokens, heads, head_dim).to(dtype)
         for order in (torch.rand(2, heads, tokens).argsort(-1), torch.randint(-(2**31), 2**31, (2, heads, tokens))):
-            for at_end in (False, True):
-                x = [guarded(t, at_end) for t in (q, k, v, order.int())]
+            for at in ("start", "end"):
+                x = [guarded(t, at) for t in (q, k, v, order.int())]
                 out, statistic = run.cluster_attention_forward(*x, leaf_size, overlap, 0.2, False)
-                run.cluster_attention_backward(guarded(dout, at_end), *x, statistic, leaf_size, overlap, 0.2)
+                run.cluster_attention_backward(guarded(dout, at), *x, statistic, leaf_size, overlap, 0.2)
                 if dtype != torch.float64:
                     run.balanced_clusters(x[0], leaf_size, 2, 0.01)
 for q_thw, k_thw, heads, head_dim, has_cls in [
@@ -306,11 +265,11 @@ for q_thw, k_thw, heads, head_dim, has_cls in [
         tables = [torch.randn(n + m, head_dim).to(wide) for n, m in zip(q_thw, k_thw)]
         any_rows = [torch.randint(n + m, (n, m)) for n, m in zip(q_thw, k_thw)]
         in_turn = [torch.arange(n)[:, None] + torch.arange(m) for n, m in zip(q_thw, k_thw)]
-        for indices, at_end in ((any_rows, False), (any_rows, True), (in_turn, False), (in_turn, True)):
-            x = [guarded(t, at_end) for t in (q, k, v, *tables, *indices)]
+        for indices, at in itertools.product((any_rows, in_turn), ("start", "end")):
+            x = [guarded(t, at) for t in (q, k, v, *tables, *indices)]
             geometry = (list(q_thw), list(k_thw), has_cls, 2, 0.2)
             out, statistic = run.pooled_attention_forward(*x, *geometry)
-            gradients = run.pooled_attention_backward(guarded(dout, at_end), *x, statistic, *geometry)
+            gradients = run.pooled_attention_backward(guarded(dout, at), *x, statistic, *geometry)
             assert all(t.isfinite().all() for t in (out, *gradients))
 print("untouched")
 """
@@ -321,7 +280,7 @@ print("untouched")
 def test_no_access_outside_the_tensors(level):
     if not supported(level):
         pytest.skip(f"this machine has no {level}")
-    assert _run(GUARDED, level) == "untouched"
+    assert run_at(level, GUARDED) == "untouched"
 
 
 @needs_native

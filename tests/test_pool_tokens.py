@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import functools
 import math
-import os
-import platform
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import sparse
 from contract import assert_contract, outputs_and_gradients
+from levels import LEVELS, run_at, supported
 from torch import nn
 
 from vitkernels import _native
 from vitkernels.pooled_attention import Pool, pool_qkv, pool_tokens
 
-ROOT = Path(__file__).parents[1]
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 MODES = ("conv", "max", "avg")
 
@@ -558,36 +553,19 @@ def test_autocast(dtype, backend):
 
 # vectors of every width, memory accesses
 
-LEVELS = ("avx512", "avx2", "default")
-
 GUARDED = """
-import ctypes, math, mmap, torch
+import torch
+from guarded import guarded
 from test_pool_tokens import raw
 from vitkernels.pooled_attention.reference import pool_tokens as reference
 
-PAGE = mmap.PAGESIZE
-libc = ctypes.CDLL(None, use_errno=True)
-keep = []
 run = torch.ops.vitkernels
 
-def guarded(x, at_end):
-    '''x in memory whose end, or start, touches a page that must not be accessed.'''
-    size = x.numel() * x.element_size()
-    pages = -(-size // PAGE)
-    memory = mmap.mmap(-1, (pages + 2) * PAGE)
-    keep.append(memory)
-    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    for page in (0, pages + 1):
-        assert libc.mprotect(ctypes.c_void_p(address + page * PAGE), ctypes.c_size_t(PAGE), 0) == 0
-    offset = PAGE + (pages * PAGE - size if at_end else 0)
-    y = torch.frombuffer(memory, dtype=x.dtype, count=x.numel(), offset=offset).view(x.shape)
-    return y.copy_(x)
-
-def part_of(x, part, at_end):
+def part_of(x, part, at):
     '''A third of a packed tensor, NaN around it.'''
     packed = x.new_full((*x.shape[:2], 3, *x.shape[2:]), float("nan"))
     packed[:, :, part] = x
-    packed = guarded(packed, at_end)
+    packed = guarded(packed, at)
     return packed, packed[:, :, part]
 
 for thw, kernel, stride, head_dim, cls in [
@@ -603,12 +581,12 @@ for thw, kernel, stride, head_dim, cls in [
             given = leaves if mode == "conv" else [leaves[0], None, *leaves[1:]]
             out = reference(*given, *arguments[4:])
             exact = [out, *torch.autograd.grad(out, leaves, dout.double())]
-            for at_end, part in ((False, 0), (True, 2)):
-                _, x = part_of(arguments[0], part, at_end)
-                dqkv, dx = part_of(torch.zeros_like(arguments[0]), part, at_end)
-                rest = [None if w is None else guarded(w, at_end) for w in arguments[1:4]]
+            for at, part in (("start", 0), ("end", 2)):
+                _, x = part_of(arguments[0], part, at)
+                dqkv, dx = part_of(torch.zeros_like(arguments[0]), part, at)
+                rest = [None if w is None else guarded(w, at) for w in arguments[1:4]]
                 out = run.pool_tokens_forward(x, *rest, *arguments[4:])
-                dweight, dnorm = run.pool_tokens_backward(guarded(dout, at_end), x, *rest, *arguments[4:], dx)
+                dweight, dnorm = run.pool_tokens_backward(guarded(dout, at), x, *rest, *arguments[4:], dx)
                 got = [out, dx, *([dweight] if mode == "conv" else []), *dnorm]
                 assert dqkv.isnan().sum() == dqkv.numel() // 3 * 2
                 for a, b in zip(got, exact):
@@ -618,23 +596,12 @@ print("untouched")
 """
 
 
-def _run_level(code, level):
-    environment = os.environ | {"VITKERNELS_CPU_CAPABILITY": level}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
-    return done.stdout.strip()
-
-
 @needs_native
 @pytest.mark.parametrize("level", LEVELS)
 def test_every_vector_level_and_no_access_outside_the_tensors(level):
-    if level != "default":
-        known = platform.machine() in ("x86_64", "AMD64")
-        if not known or _run_level("from vitkernels import _native; print(_native.capability())", level) != level:
-            pytest.skip(f"this machine has no {level}")
-    assert _run_level(GUARDED, level) == "untouched"
+    if not supported(level):
+        pytest.skip(f"this machine has no {level}")
+    assert run_at(level, GUARDED) == "untouched"
 
 
 # bad input
