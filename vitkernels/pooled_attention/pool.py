@@ -50,6 +50,15 @@ _dispatch.define(
 )
 
 
+def _pooled(backend: str, geometries: Sequence[tuple | None], x: Tensor, *parameters: Tensor | None) -> list[Tensor]:
+    """The parts of ``x`` [B, N, parts, heads, head_dim]; those that have no geometry as they are."""
+    run = _dispatch.operator("pool_tokens_forward", backend, x.device)
+    return [
+        part if geometry is None else run(part, *parameters[3 * i : 3 * i + 3], *geometry)
+        for i, (part, geometry) in enumerate(zip(x.unbind(2), geometries))
+    ]
+
+
 class _PoolTokens(Function):
     """Parts of one packed projection, each by its own pool: the gradient is written in one buffer.
 
@@ -60,12 +69,8 @@ class _PoolTokens(Function):
     @staticmethod
     @_dispatch.with_signature
     def forward(*inputs):
-        backend, geometries, x, *parameters = inputs
-        run = _dispatch.operator("pool_tokens_forward", backend, x.device)
-        return tuple(
-            part.clone() if geometry is None else run(part, *parameters[3 * i : 3 * i + 3], *geometry)
-            for i, (part, geometry) in enumerate(zip(x.unbind(2), geometries))
-        )
+        geometries = inputs[1]
+        return tuple(out if geometry else out.clone() for out, geometry in zip(_pooled(*inputs), geometries))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -242,7 +247,7 @@ def _run(x: Tensor, plans: Sequence[_Plan | None], backend: str | None) -> Seque
         return [out.to(x.dtype) for out in outs]  # autocast has layer_norm return float32
     x = x if x.stride(-1) == 1 else x.contiguous()
     geometries = tuple(plan and plan.geometry for plan in plans)
-    run = _PoolTokens.apply if torch.is_grad_enabled() else _PoolTokens.forward
+    run = _PoolTokens.apply if torch.is_grad_enabled() else _pooled
     return run(backend, geometries, x, *parameters)
 
 
