@@ -729,6 +729,11 @@ GRID = dict(thw=(4, 5))
             ValueError,
             "mode must be one of conv, max, avg, got 'sum'",
         ),
+        (
+            lambda **o: pool_qkv(QKV, None, W, None, **GRID, **o),
+            TypeError,
+            r"pool_k must be a vitkernels\.Pool, or None to hand tokens on, got Tensor",
+        ),
     ],
 )
 def test_bad_input(call, error, message, backend):

@@ -330,5 +330,8 @@ def pool_qkv(
     _check_head_dim(qkv)
     thw = check_thw("thw", thw, qkv.shape[1], has_cls, "qkv")
     (qkv,) = _checks.follow_autocast(qkv)
+    for name, pool in (("pool_q", pool_q), ("pool_k", pool_k), ("pool_v", pool_v)):
+        if pool is not None and not isinstance(pool, Pool):
+            raise TypeError(f"{name} must be a vitkernels.Pool, or None to hand tokens on, got {type(pool).__name__}")
     plans = [pool and _plan(qkv[:, :, i], pool, thw, has_cls, eps) for i, pool in enumerate((pool_q, pool_k, pool_v))]
     return tuple((out, plan.size if plan else thw) for out, plan in zip(_run(qkv, plans, backend), plans))
