@@ -1,8 +1,11 @@
 """What the tests share. Without a CUDA device the Triton kernels run in Triton's interpreter."""
 
+import copy
+import io
 import mmap
 import os
 import pathlib
+from collections.abc import Callable, Iterable
 
 import pytest
 import torch
@@ -36,6 +39,34 @@ def sparse(elements: int, device: str) -> torch.Tensor:
         return torch.empty(elements, dtype=torch.float16, device=device)
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
     return torch.frombuffer(mmap.mmap(-1, 2 * elements, flags=flags), dtype=torch.float16)
+
+
+def assert_graph_replays(step: Callable[[], Iterable[torch.Tensor]], x: torch.Tensor) -> None:
+    """``step``, captured as a CUDA graph, gives what it gives by itself, also after ``x`` has changed."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        x.normal_()
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, step()))
+
+
+def restored(layer: torch.nn.Module) -> torch.nn.Module:
+    """A copy that had other parameters before it loaded the saved state of ``layer``."""
+    buffer = io.BytesIO()
+    torch.save(layer.state_dict(), buffer)
+    buffer.seek(0)
+    other = copy.deepcopy(layer)
+    for p in other.parameters():
+        torch.nn.init.normal_(p)
+    other.load_state_dict(torch.load(buffer, weights_only=True))
+    return other
 
 
 @pytest.fixture

@@ -2,6 +2,9 @@
 
 import ctypes
 import mmap
+import subprocess
+import sys
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -37,3 +40,9 @@ def new_empty(x: Tensor, *shape, dtype: torch.dtype | None = None, **options) ->
 def empty_like(x: Tensor) -> Tensor:
     """In place of torch.empty_like."""
     return memory(x.shape, x.dtype)
+
+
+def assert_exits_well(program: str) -> None:
+    """A program of this folder, in a process that an access outside may kill."""
+    done = subprocess.run([sys.executable, str(Path(__file__).with_name(program))], capture_output=True, text=True)
+    assert done.returncode == 0, f"exit {done.returncode}: {done.stdout}{done.stderr}"

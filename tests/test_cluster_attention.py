@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from conftest import sparse
+from conftest import assert_graph_replays, sparse
 from contract import assert_contract, outputs_and_gradients
 
 import vitkernels
@@ -376,18 +376,7 @@ def test_cuda_graph(side):
         out = feature_space_attention(qkv)
         return out, *torch.autograd.grad(out.square().sum(), qkv)
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    with torch.no_grad():
-        qkv.normal_()
-    graph.replay()
-    assert all(torch.equal(a, b) for a, b in zip(captured, step()))
+    assert_graph_replays(step, qkv)
 
 
 # bad input

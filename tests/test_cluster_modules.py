@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import io
 import math
 import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import restored
 from golden import assert_golden
 from torch import nn
 
@@ -223,13 +223,7 @@ class TestLayer:
 
     def test_copies_and_pickles(self, layer):
         x = torch.randn(1, 9, 10, 32)
-        buffer = io.BytesIO()
-        torch.save(layer.state_dict(), buffer)
-        buffer.seek(0)
-        other = copy.deepcopy(layer)
-        for p in other.parameters():
-            nn.init.normal_(p)
-        other.load_state_dict(torch.load(buffer, weights_only=True))
+        other = restored(layer)
         assert torch.equal(layer(x), other(x))
         assert torch.equal(layer(x), pickle.loads(pickle.dumps(layer))(x))
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import functools
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import TRITON_REFUSAL, sparse
 from contract import assert_contract
+from guarded import assert_exits_well
 from torch import Tensor
 
 if TRITON_REFUSAL is not None:
@@ -205,9 +203,7 @@ def test_addresses_past_2_31_elements(shape, leaf_size, strides, device):
 @pytest.mark.skipif(not INTERPRETED, reason="page protection is the CPU's")
 def test_no_order_leads_outside_the_tensors():
     """Orders of values that are no tokens, and tensors between inaccessible pages: a lane outside kills the process."""
-    script = Path(__file__).with_name("cluster_guard_pages.py")
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
-    assert done.returncode == 0, f"exit {done.returncode}: {done.stdout}{done.stderr}"
+    assert_exits_well("cluster_guard_pages.py")
 
 
 @triton.jit

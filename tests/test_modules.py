@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-import io
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import restored
 from golden import assert_golden
 from torch import nn
 
@@ -134,13 +134,7 @@ class TestLayer:
         assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
 
     def test_state_round_trip(self, layer):
-        buffer = io.BytesIO()
-        torch.save(layer.state_dict(), buffer)
-        buffer.seek(0)
-        other = copy.deepcopy(layer)
-        for p in other.parameters():
-            nn.init.normal_(p)
-        other.load_state_dict(torch.load(buffer, weights_only=True))
+        other = restored(layer)
         x = torch.randn(1, 8, 8, 32)
         assert torch.equal(layer(x), other(x))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import math
 import pickle
 from functools import partial
@@ -11,6 +10,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import restored
 from contract import assert_contract
 from golden import assert_golden
 from torch import nn
@@ -337,13 +337,7 @@ class TestLayer:
         layer = make(size, options)
         x = tokens(layer, size)
         expected, _ = layer(x, size)
-        buffer = io.BytesIO()
-        torch.save(layer.state_dict(), buffer)
-        buffer.seek(0)
-        other = copy.deepcopy(layer)
-        for p in other.parameters():
-            nn.init.normal_(p)
-        other.load_state_dict(torch.load(buffer, weights_only=True))
+        other = restored(layer)
         assert torch.equal(other(x, size)[0], expected)
         assert torch.equal(pickle.loads(pickle.dumps(layer))(x, size)[0], expected)
 

@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from conftest import sparse
+from conftest import assert_graph_replays, sparse
 from contract import assert_contract, outputs_and_gradients
 
 import vitkernels
@@ -384,18 +384,7 @@ def test_cuda_graph(group):
         out = vitkernels.window_attention(qkv, bias, window_size=group)
         return out, *torch.autograd.grad(out.square().sum(), (qkv, bias))
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    with torch.no_grad():
-        qkv.normal_()
-    graph.replay()
-    assert all(torch.equal(a, b) for a, b in zip(captured, step()))
+    assert_graph_replays(step, qkv)
 
 
 @pytest.mark.gpu

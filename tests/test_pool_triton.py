@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import functools
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import TRITON_REFUSAL, sparse
+from conftest import TRITON_REFUSAL, assert_graph_replays, sparse
 from contract import assert_contract
+from guarded import assert_exits_well
 from torch import Tensor
 
 if TRITON_REFUSAL is not None:
@@ -255,9 +253,7 @@ def test_addresses_past_2_31_elements(strides, maximum, device):
 @pytest.mark.skipif(not INTERPRETED, reason="page protection is the CPU's")
 def test_reads_and_writes_stay_inside_the_tensors():
     """Tensors between inaccessible pages: a lane outside kills the process."""
-    script = Path(__file__).with_name("pool_guard_pages.py")
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
-    assert done.returncode == 0, f"exit {done.returncode}: {done.stdout}{done.stderr}"
+    assert_exits_well("pool_guard_pages.py")
 
 
 def test_refusals(device):
@@ -308,18 +304,7 @@ def test_cuda_graph(mode):
         out = pool(*leaves)
         return [out, *torch.autograd.grad(out.float().square().sum(), leaves)]
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    with torch.no_grad():
-        leaves[0].copy_(torch.randn_like(leaves[0]))
-    graph.replay()
-    assert all(torch.equal(a, b) for a, b in zip(captured, step()))
+    assert_graph_replays(step, leaves[0])
 
 
 @pytest.mark.gpu

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import sparse
+from conftest import assert_graph_replays, sparse
 from contract import assert_contract, outputs_and_gradients
 
 import vitkernels
@@ -592,18 +592,7 @@ def test_cuda_graph():
         out = run(SMALL, "triton", *leaves)
         return out, *torch.autograd.grad(out.float().square().sum(), leaves)
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    with torch.no_grad():
-        leaves[0].normal_()
-    graph.replay()
-    assert all(torch.equal(a, b) for a, b in zip(captured, step()))
+    assert_graph_replays(step, leaves[0])
 
 
 # bad input

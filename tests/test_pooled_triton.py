@@ -6,14 +6,12 @@ import functools
 import itertools
 import math
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import TRITON_REFUSAL, sparse
 from contract import assert_contract
+from guarded import assert_exits_well
 from torch import Tensor
 
 if TRITON_REFUSAL is not None:
@@ -297,9 +295,7 @@ def test_addresses_past_2_31_elements(batch, heads, strides, device):
 @pytest.mark.skipif(not INTERPRETED, reason="page protection is the CPU's")
 def test_no_lane_leaves_the_tensors():
     """Tensors between inaccessible pages: a lane outside kills the process."""
-    script = Path(__file__).with_name("pooled_guard_pages.py")
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
-    assert done.returncode == 0, f"exit {done.returncode}: {done.stdout}{done.stderr}"
+    assert_exits_well("pooled_guard_pages.py")
 
 
 @triton.jit

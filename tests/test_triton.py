@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import functools
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import TRITON_REFUSAL, sparse
 from contract import assert_contract
+from guarded import assert_exits_well
 from torch import Tensor
 from torch.autograd import Function
 
@@ -299,6 +297,4 @@ def test_addresses_past_2_31_elements(group, strides, device):
 @pytest.mark.skipif(not INTERPRETED, reason="page protection is the CPU's")
 def test_reads_stay_inside_the_tensors():
     """Tensors that end on an inaccessible page: a lane beyond the end would kill the process."""
-    script = Path(__file__).with_name("guard_pages.py")
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
-    assert done.returncode == 0, f"exit {done.returncode}: {done.stdout}{done.stderr}"
+    assert_exits_well("guard_pages.py")
