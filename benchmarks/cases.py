@@ -90,7 +90,10 @@ CASES: tuple[Case, ...] = (
     *_swin(),
     # unfavourable: groups of 16 tokens fill a quarter of a tile, 196 tokens do more arithmetic than memory traffic
     *_crossformer("crossformer++-s-224", 56, 56, 2, (4, 4, 14), (4, 2, 1)),
-    # stage 4 is one leaf and has no such attention
+    # no position bias, for libraries that take none
+    _case("plain-56x56-window", 56, 56, 3, Partition.window(7), "none"),
+    _case("plain-56x56-dilated", 56, 56, 3, Partition.long(7, 8), "none"),
+    # BOAT: stage 4 is one leaf and has no such attention
     *(case for stage in range(3) for case in _boat(f"boat-swin-t-224-stage{stage + 1}", 56 >> stage, 3 << stage)),
     *_boat("boat-swin-t-384-stage1", 96, 3, gpu_batch=32),
     *_mvit_v1(),

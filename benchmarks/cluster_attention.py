@@ -15,13 +15,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 import workload
+from libraries import LIBRARIES, Run
 from torch import Tensor
-from workload import MODES, OURS, Contract
+from workload import OURS, Contract
 
 import vitkernels
 
@@ -134,11 +136,15 @@ class EagerUnbind(Eager):
         return (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1) @ v
 
 
-class Sdpa(EagerUnbind):
-    """``scaled_dot_product_attention`` on the leaves, in clusters and between copies as of `EagerUnbind`."""
+class Library(EagerUnbind):
+    """Attention of a library on the leaves, in clusters and between copies as of `EagerUnbind`."""
+
+    def __init__(self, case: Case, batch: int, device: torch.device, run: Run):
+        super().__init__(case, batch, device)
+        self.run = run
 
     def _attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(*(x.flatten(1, 2) for x in (q, k, v)))
+        return self.run(*(x.flatten(1, 2) for x in (q, k, v)), None)
 
 
 class Compiled(Eager):
@@ -150,7 +156,12 @@ class Compiled(Eager):
         self.attend = workload.compiled(super().attend)
 
 
-BASELINES = {"eager": Eager, "eager-unbind": EagerUnbind, "sdpa": Sdpa, "compile": Compiled}
+BASELINES = {
+    "eager": Eager,
+    "eager-unbind": EagerUnbind,
+    **{name: partial(Library, run=run) for name, run in LIBRARIES.items()},
+    "compile": Compiled,
+}
 
 
 class Ours:
@@ -232,17 +243,13 @@ class Attention(workload.Workload):
     def leaves(self) -> list[Tensor]:
         return [self.qkv]
 
-    def bytes(self, mode: str) -> int:
-        passes = 2 if mode == "full" else 1  # each reads the order
-        return MODES[mode] * _size(self.dout) + passes * _size(self.order)
-
 
 class Clustering(Attention):
     """The order of the same features. It has no gradient."""
 
     modes: ClassVar = ("fwd",)
     gpu: ClassVar[str] = "cuda"
-    baselines: ClassVar = {name: baseline for name, baseline in BASELINES.items() if name != "sdpa"}
+    baselines: ClassVar = {name: baseline for name, baseline in BASELINES.items() if name not in LIBRARIES}
     step: ClassVar[str] = "clustering"
 
     def output(self, contender: Eager | Ours) -> Tensor:
@@ -250,9 +257,6 @@ class Clustering(Attention):
 
     def gate(self, gradients: bool) -> Callable[[Eager | Ours], str | None]:
         return lambda contender: objection_to_order(self.forward(contender), self.order, self.case.levels)
-
-    def bytes(self, mode: str) -> int:
-        return _size(self.dout) + _size(self.order)
 
 
 class ClusteringAndAttention(Attention):
@@ -276,10 +280,6 @@ class ClusteringAndAttention(Attention):
             return Contract(attention, gradients).judge(self.tensors(contender, gradients))
 
         return objection
-
-
-def _size(x: Tensor) -> int:
-    return x.numel() * x.element_size()
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Clocks, the copy bandwidth that sets the floor, peak memory, and what the machine is."""
+"""Clocks, the rates that set the floor, launches, peak memory, and what the machine is."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ import vitkernels
 os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # else torch's profiler reports every start and stop on stderr
 
 AT_LEAST, AT_MOST = 7, 200  # rounds
+REPLAYS = 10  # of a CUDA graph, timed together
 
 
 def percentile(values: list[float], percent: float) -> float:
@@ -73,8 +74,56 @@ def copy_bandwidth(device: torch.device, size: int) -> float:
     """Bytes per second, read plus written, of copying ``size`` bytes."""
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    times = interleave({"copy": lambda: target.copy_(source)}, device, 0.5)["copy"]
-    return 2 * size / (statistics.median(times) * 1e-3)
+    return 2 * size / _quick(lambda: target.copy_(source), device)
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
+    """FLOPs per second of multiplying two square matrices of random numbers."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2 * size**3 / _quick(lambda: a @ b, device)
+
+
+def _quick(call: Callable, device: torch.device) -> float:
+    """Seconds of a quick call, as the rates of a machine are meant: what it does undisturbed."""
+    return percentile(interleave({"": call}, device, 0.5)[""], 20) * 1e-3
+
+
+def launches(call: Callable, device: torch.device) -> int | None:
+    """Kernels, copies and fills that ``call`` starts on a GPU."""
+    if device.type != "cuda":
+        return None
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize(device)
+    return sum(event.count for event in profile.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA)
+
+
+def replay(call: Callable, device: torch.device) -> float | None:
+    """Milliseconds of ``call`` as a CUDA graph, replayed in a row (L2 cache warm); None on a CPU.
+
+    What then remains is the GPU's own time: of many small kernels the rest is launches. RuntimeError where it cannot
+    be captured.
+    """
+    if device.type != "cuda":
+        return None
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    times = []
+    for _ in range(AT_LEAST):
+        start.record()
+        for _ in range(REPLAYS):
+            graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / REPLAYS)
+    return statistics.median(times)
 
 
 def peak_memory(call: Callable, device: torch.device) -> int | None:

@@ -1,8 +1,8 @@
 """Partition attention: its cases and inputs, and the operator as one writes it with PyTorch alone.
 
 A contender is called as ``attend(qkv, position_bias)`` with qkv ``[B, H, W, 3, heads, head_dim]`` and a table
-``[heads, 2Gh-1, 2Gw-1]`` or a DynamicPositionBias; the result is ``[B, H, W, heads, head_dim]``. A baseline is built
-for one partition of one map: what a module would keep in buffers (relative index, masks, offsets) is made then.
+``[heads, 2Gh-1, 2Gw-1]``, a DynamicPositionBias or None; the result is ``[B, H, W, heads, head_dim]``. A baseline is
+built for one partition of one map: what a module would keep in buffers (relative index, masks, offsets) is made then.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 import workload
+from libraries import LIBRARIES, Run, neighborhood
 from torch import Tensor, nn
-from workload import MODES, OURS
+from workload import OURS
 
 import vitkernels
 from vitkernels import Partition
 
-Attend = Callable[[Tensor, "Tensor | nn.Module"], Tensor]
+Attend = Callable[[Tensor, "Tensor | nn.Module | None"], Tensor]
 
 
 class Grouping:
@@ -63,9 +64,9 @@ class Grouping:
             position_bias = mlp.pos3(mlp.pos2(mlp.pos1(mlp.pos_proj(offsets)))).movedim(-1, 0)
         return position_bias.to(self.dtype)
 
-    def dense_bias(self, position_bias: Tensor | nn.Module) -> Tensor:
+    def dense_bias(self, position_bias: Tensor | nn.Module | None) -> Tensor | None:
         """``[heads, N, N]``."""
-        return self.table(position_bias).flatten(1)[:, self.index]
+        return None if position_bias is None else self.table(position_bias).flatten(1)[:, self.index]
 
     def _to_blocks(self, x: Tensor) -> Tensor:
         """``[B, H, W, ...]`` rolled, padded and viewed as ``[B, ry, gy, ay, rx, gx, ax, ...]``."""
@@ -106,8 +107,10 @@ class Grouping:
         blocks = out.reshape(batch, ry, rx, ay, ax, out.shape[1], gy, gx, out.shape[-1])
         return self._from_blocks(blocks.permute(0, 1, 6, 3, 2, 7, 4, 5, 8))
 
-    def masked(self, logits: Tensor) -> Tensor:
-        """``[B * groups, heads, N, N]`` with the mask of each group added."""
+    def biased(self, logits: Tensor, position_bias: Tensor | nn.Module | None) -> Tensor:
+        """``[B * groups, heads, N, N]`` with the bias and the mask of each group added."""
+        if position_bias is not None:
+            logits = logits + self.dense_bias(position_bias)
         if self.mask is None:
             return logits
         return (logits.unflatten(0, (-1, self.mask.shape[0])) + self.mask).flatten(0, 1)
@@ -116,12 +119,12 @@ class Grouping:
 def eager(grouping: Grouping) -> Attend:
     """The usual code: partition, q, k, v by indexing, logits, bias, mask, softmax, values, reverse."""
 
-    def attend(qkv: Tensor, position_bias: Tensor | nn.Module) -> Tensor:
+    def attend(qkv: Tensor, position_bias: Tensor | nn.Module | None) -> Tensor:
         batch, _, _, _, heads, head_dim = qkv.shape
         qkv = grouping.split(qkv.flatten(3)).unflatten(-1, (3, heads, head_dim)).permute(2, 0, 3, 1, 4)
         q, k, v = qkv[0], qkv[1], qkv[2]  # each backward fills a tensor of zeros, and the three are added
-        logits = (q * head_dim**-0.5) @ k.transpose(-1, -2) + grouping.dense_bias(position_bias)
-        out = grouping.masked(logits).softmax(-1) @ v
+        logits = (q * head_dim**-0.5) @ k.transpose(-1, -2)
+        out = grouping.biased(logits, position_bias).softmax(-1) @ v
         return grouping.merge(out.transpose(1, 2).flatten(2), batch).unflatten(-1, (heads, head_dim))
 
     return attend
@@ -130,26 +133,41 @@ def eager(grouping: Grouping) -> Attend:
 def eager_unbind(grouping: Grouping) -> Attend:
     """The same without its detours: q, k, v by unbind, partition and heads by one copy in and one copy out."""
 
-    def attend(qkv: Tensor, position_bias: Tensor | nn.Module) -> Tensor:
+    def attend(qkv: Tensor, position_bias: Tensor | nn.Module | None) -> Tensor:
         q, k, v = grouping.split_heads(qkv)
-        logits = (q * qkv.shape[-1] ** -0.5) @ k.transpose(-1, -2) + grouping.dense_bias(position_bias)
-        return grouping.merge_heads(grouping.masked(logits).softmax(-1) @ v, qkv.shape[0])
+        logits = (q * qkv.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+        return grouping.merge_heads(grouping.biased(logits, position_bias).softmax(-1) @ v, qkv.shape[0])
 
     return attend
 
 
-def sdpa(grouping: Grouping) -> Attend:
-    """``scaled_dot_product_attention`` with bias and mask as ``attn_mask``, by whichever of its kernels takes that."""
+def library(grouping: Grouping, run: Run) -> Attend:
+    """Attention of a library between the same copies, with bias and mask as its bias."""
 
-    def attend(qkv: Tensor, position_bias: Tensor | nn.Module) -> Tensor:
+    def attend(qkv: Tensor, position_bias: Tensor | nn.Module | None) -> Tensor:
         q, k, v = grouping.split_heads(qkv)
         bias = grouping.dense_bias(position_bias)
         shape, batch = q.shape, qkv.shape[0]
         if grouping.mask is not None:  # groups beside heads, so that one mask serves the batch
-            bias = (grouping.mask + bias).flatten(0, 1)
+            bias = (grouping.mask + (0 if bias is None else bias)).expand(-1, shape[1], -1, -1).flatten(0, 1)
             q, k, v = (x.reshape(batch, -1, *shape[2:]) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None].expand(q.shape[0], -1, -1, -1))
+        out = run(q, k, v, None if bias is None else bias[None].expand(q.shape[0], -1, -1, -1))
         return grouping.merge_heads(out.reshape(shape), batch)
+
+    return attend
+
+
+def natten(grouping: Grouping) -> Attend:
+    """NATTEN's windows, as far apart as they are wide, or dilated: of maps that divide, without a bias."""
+    partition = grouping.partition
+    if grouping.mask is not None:
+        raise NotImplementedError("NATTEN has neither shifted windows nor maps that do not divide")
+    geometry = dict(kernel_size=partition.group, stride=partition.group, dilation=partition.interval)
+
+    def attend(qkv: Tensor, position_bias: Tensor | nn.Module | None) -> Tensor:
+        if position_bias is not None:
+            raise NotImplementedError("NATTEN takes no bias")
+        return neighborhood(*qkv.unbind(3), **geometry)
 
     return attend
 
@@ -161,12 +179,12 @@ def flex(grouping: Grouping, compiled: bool = True) -> Attend:
     run = torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
     mask = None if grouping.mask is None else grouping.mask[:, 0]  # [groups, N, N]
 
-    def attend(qkv: Tensor, position_bias: Tensor | nn.Module) -> Tensor:
+    def attend(qkv: Tensor, position_bias: Tensor | nn.Module | None) -> Tensor:
         q, k, v = grouping.split_heads(qkv)
         bias = grouping.dense_bias(position_bias)
 
         def score(logit, b, h, i, j):
-            logit = logit + bias[h, i, j]
+            logit = logit if bias is None else logit + bias[h, i, j]
             return logit if mask is None else logit + mask[b % mask.shape[0], i, j]
 
         return grouping.merge_heads(run(q, k, v, score_mod=score), qkv.shape[0])
@@ -182,9 +200,10 @@ def compiled(grouping: Grouping) -> Attend:
 BASELINES: dict[str, Callable[[Grouping], Attend]] = {
     "eager": eager,
     "eager-unbind": eager_unbind,
-    "sdpa": sdpa,
+    **{name: partial(library, run=run) for name, run in LIBRARIES.items()},
     "compile": compiled,
     "flex": flex,
+    "natten": natten,
 }
 
 
@@ -198,13 +217,13 @@ def vitkernels_on(backend: str, case: Case) -> Attend:
 
 @dataclass
 class Workload(workload.Workload):
-    """Random normal qkv; a position MLP or a random table."""
+    """Random normal qkv; a position MLP, a random table, or neither."""
 
     baselines: ClassVar = BASELINES
 
     case: Case
     qkv: Tensor  # [B, H, W, 3, heads, head_dim]
-    position_bias: Tensor | nn.Module
+    position_bias: Tensor | nn.Module | None
     dout: Tensor  # [B, H, W, heads, head_dim]
 
     @classmethod
@@ -215,16 +234,19 @@ class Workload(workload.Workload):
         if case.bias == "dpb":
             # in training mode, so that nobody may keep the table of frozen weights from one call to the next
             position_bias = vitkernels.DynamicPositionBias(case.dim, case.heads).to(device)
-        else:
+        elif case.bias == "table":
             table = (case.heads, *(2 * size - 1 for size in case.partition.group))
             position_bias = torch.randn(table, device=device).requires_grad_()
+        else:
+            position_bias = None
         return cls(case, qkv.requires_grad_(), position_bias, torch.randn(shape, device=device).to(dtype))
 
     def double(self) -> Workload:
         qkv, dout = self.qkv.detach().double().requires_grad_(), self.dout.double()
         if isinstance(self.position_bias, nn.Module):
             return Workload(self.case, qkv, copy.deepcopy(self.position_bias).double(), dout)
-        return Workload(self.case, qkv, self.position_bias.detach().double().requires_grad_(), dout)
+        bias = None if self.position_bias is None else self.position_bias.detach().double().requires_grad_()
+        return Workload(self.case, qkv, bias, dout)
 
     def build(self, name: str) -> Attend:
         case = self.case
@@ -236,16 +258,14 @@ class Workload(workload.Workload):
         return contender(self.qkv, self.position_bias)
 
     def leaves(self) -> list[Tensor]:
-        module = isinstance(self.position_bias, nn.Module)
-        return [self.qkv, *(self.position_bias.parameters() if module else [self.position_bias])]
+        bias = self.position_bias
+        return [self.qkv, *(bias.parameters() if isinstance(bias, nn.Module) else [] if bias is None else [bias])]
 
     def gradients(self, contender: Attend) -> dict[str, Tensor]:
         """Those of a position MLP are compared as one vector."""
         qkv, *bias = self.full(contender)
-        return {"qkv gradient": qkv, "position bias gradient": torch.cat([x.flatten() for x in bias])}
-
-    def bytes(self, mode: str) -> int:
-        return MODES[mode] * self.dout.numel() * self.dout.element_size()
+        found = {"qkv gradient": qkv}
+        return found | ({"position bias gradient": torch.cat([x.flatten() for x in bias])} if bias else {})
 
 
 @dataclass(frozen=True)
@@ -255,11 +275,13 @@ class Case(workload.Case):
     kind: ClassVar = Workload
 
     partition: Partition  # concrete
-    bias: str  # "dpb": a DynamicPositionBias, evaluated in every call; "table": a learned table
+    bias: str  # "dpb": a DynamicPositionBias, evaluated in every call; "table": a learned table; "none"
 
     def describe(self) -> str:
         (gh, gw), (iy, ix), (sy, sx) = self.partition.group, self.partition.interval, self.partition.shift
         words = [f"map {self.height}x{self.width}", f"{self.heads} heads x {self.head_dim}", f"groups {gh}x{gw}"]
         words += [f"interval {iy}x{ix}"] if iy * ix > 1 else []
         words += [f"shift {sy},{sx}"] if sy or sx else []
-        return ", ".join([*words, {"dpb": "dynamic position bias", "table": "bias table"}[self.bias]])
+        return ", ".join(
+            [*words, {"dpb": "dynamic position bias", "table": "bias table", "none": "no bias"}[self.bias]]
+        )

@@ -11,11 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
+from functools import partial
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 import workload
+from libraries import LIBRARIES, Run
 from torch import Tensor
 from workload import OURS, Contract
 
@@ -124,12 +126,16 @@ class EagerUnbind(Eager):
         return self._norm(torch.cat((cls, x), 1) if self.case.cls else x, pool)
 
 
-class Sdpa(EagerUnbind):
-    """``scaled_dot_product_attention`` with relative positions as ``attn_mask``; pooled as by `EagerUnbind`."""
+class Library(EagerUnbind):
+    """Attention of a library, with relative positions as its bias; pooled as by `EagerUnbind`."""
+
+    def __init__(self, case: Case, device: torch.device, run: Run):
+        super().__init__(case, device)
+        self.run = run
 
     def _attention(self, q: Tensor, k: Tensor, v: Tensor, tables: Sequence[Tensor]) -> Tensor:
         mask = sum(self._relative(q, tables)).reshape(*q.shape[:3], -1) if tables else None
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.run(q, k, v, mask)
 
 
 class Compiled(Eager):
@@ -141,7 +147,12 @@ class Compiled(Eager):
             setattr(self, name, workload.compiled(getattr(super(), name)))
 
 
-BASELINES = {"eager": Eager, "eager-unbind": EagerUnbind, "sdpa": Sdpa, "compile": Compiled}
+BASELINES = {
+    "eager": Eager,
+    "eager-unbind": EagerUnbind,
+    **{name: partial(Library, run=run) for name, run in LIBRARIES.items()},
+    "compile": Compiled,
+}
 
 
 class Ours:
@@ -160,10 +171,6 @@ class Ours:
 
     def both(self, qkv: Tensor, pools: Sequence[Pool | None], tables: Sequence[Tensor]) -> Tensor:
         return self.attend(*self.pool(qkv, pools), tables)
-
-
-def _size(tensors: Sequence[Tensor]) -> int:
-    return sum(x.numel() * x.element_size() for x in tensors)
 
 
 def _heads_first(batch: int, tokens: int, case: Case, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -236,12 +243,6 @@ class PoolingAndAttention(workload.Workload):
         plain = contract.allowing(self.tensors(eager, gradients)) if right else contract
         return lambda contender: (contract if isinstance(contender, Ours) else plain).objection(contender)
 
-    def bytes(self, mode: str) -> int:
-        """Inputs and output; backward inputs, their gradients and that of the output."""
-        read, written = _size(self.leaves()), _size([self.dout])
-        passes = {"fwd": read + written, "bwd": 2 * read + written}
-        return passes.get(mode) or sum(passes.values())
-
 
 class Attention(PoolingAndAttention):
     """Attention of given queries, keys and values, of the magnitude that a norm leaves."""
@@ -263,7 +264,7 @@ class Attention(PoolingAndAttention):
 class Pooling(PoolingAndAttention):
     """Queries, keys and values of the packed projection alone."""
 
-    baselines: ClassVar = {name: baseline for name, baseline in BASELINES.items() if name != "sdpa"}
+    baselines: ClassVar = {name: baseline for name, baseline in BASELINES.items() if name not in LIBRARIES}
     step: ClassVar[str] = "pooling"
 
     @staticmethod
@@ -287,13 +288,6 @@ class Pooling(PoolingAndAttention):
     def tensors(self, contender: Eager | Ours, gradients: bool) -> dict[str, Tensor]:
         outputs = dict(zip(("queries", "keys", "values"), self.forward(contender)))
         return {**outputs, **(self.gradients(contender) if gradients else {})}
-
-    def bytes(self, mode: str) -> int:
-        """Queries that are not pooled are neither read nor written, but their gradient is."""
-        read, written = _size(self.leaves()), _size(self.dout)
-        handed_on = 0 if self.case.pools_queries else _size(self.dout[:1])
-        passes = {"fwd": read + written - 2 * handed_on, "bwd": 2 * read + written - handed_on}
-        return passes.get(mode) or sum(passes.values())
 
 
 @dataclass(frozen=True)
@@ -359,10 +353,14 @@ class Case(workload.Case):
     def keys(self) -> int:
         return math.prod(self.k_thw) + self.cls
 
+    @property
+    def table_lengths(self) -> list[int]:
+        """Rows of the tables of height and width."""
+        return [2 * max(axis) - 1 for axis in zip(self.q_thw, self.k_thw)] if self.v2 else []
+
     def random_tables(self, device: torch.device) -> list[Tensor]:
         """Of height and width, so large that they count in the logits."""
-        lengths = [2 * max(axis) - 1 for axis in zip(self.q_thw, self.k_thw)] if self.v2 else []
-        return [0.1 * torch.randn(length, self.head_dim, device=device) for length in lengths]
+        return [0.1 * torch.randn(length, self.head_dim, device=device) for length in self.table_lengths]
 
     def describe(self) -> str:
         words = [f"map {'x'.join(map(str, self.thw))}{' and a class token' if self.cls else ''}"]

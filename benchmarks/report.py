@@ -18,7 +18,7 @@ NOT_MEASURED = "not yet measured"
 NO_CONTENDER = "-"  # of this layer
 FIELDS = (
     *("case", "layer", "batch", "dtype", "mode", "contender", "status", "reason"),
-    *("ms", "p20", "p80", "rounds", "speedup", "gbps", "floor", "memory"),
+    *("ms", "p20", "p80", "rounds", "speedup", "gbps", "floor", "floor_ms", "bound", "memory", "launches", "graph"),
 )
 SLOWER = 0.9  # of the old share of the floor: below it, a row of a comparison counts as a regression
 
@@ -61,13 +61,17 @@ SHOW: dict[str, Callable[[float], str]] = {
     "floor": lambda value: f"{100 * value:.0f} %",
     "memory": lambda value: f"{value / 2**20:.1f} MiB",
 }
-TITLES = {"speedup": "vs eager", "gbps": "GB/s", "floor": "of floor", "memory": "peak memory"}
+TITLES = {"speedup": "vs eager", "gbps": "GB/s", "floor": "of floor", "memory": "peak memory", "graph": "graph, ms"}
+ON_A_GPU = {"launches": "{:.0f}".format, "graph": _milliseconds}
 EXPLANATION = (
-    "vs eager: eager's median in the same run over this median. GB/s: what a fused operator must move (4 tensors of\n"
-    "tokens x channels forward, 7 backward; clustering 1; an order of tokens where it is read or written; MViT, whose\n"
-    "tensors differ in length: inputs and outputs, backward inputs twice and outputs) over the median. of floor: how\n"
-    "much of the copy bandwidth above that is; past 100 % a cache served it. peak memory: most bytes of tensors alive\n"
-    "at once, results included, inputs not."
+    "vs eager: eager's median in the same run over this median. GB/s: what a fused operator must move\n"
+    "(benchmarks/roofline.py) over the median. of floor: the time in which this machine, at the rates above, could move\n"
+    "those bytes or do the arithmetic, whichever is longer, over the median; past 100 % a cache served it, or products\n"
+    "ran faster than in a large matmul. peak memory: most bytes of tensors alive at once, results included, inputs not."
+)
+EXPLANATION_ON_A_GPU = (
+    "Times are by events, the L2 cache flushed before each call. launches: kernels, copies and fills. graph, ms: as a\n"
+    "CUDA graph, replayed in a row, the cache warm."
 )
 
 
@@ -90,8 +94,18 @@ def header(results: dict) -> str:
     found["copy bandwidth"] = number(
         results.get("bandwidth"), lambda value: f"{value / 1e9:.1f} GB/s, read plus written"
     )
+    for name, rate in results.get("rates", {}).items():
+        what = "float32 arithmetic" if name == "vector" else f"{name} products"
+        found[what] = number(rate, lambda value: f"{value / 1e9:.0f} GFLOP/s")
     width = max(map(len, found))
     return "\n".join(f"{key:<{width}}  {value}" for key, value in found.items())
+
+
+def _floors(rows: list[dict]) -> str:
+    """The floor of every pass of a layer, and what sets it."""
+    floors = {(r["mode"], r["dtype"]): (r["floor_ms"], r["bound"]) for r in rows if r.get("floor_ms")}
+    words = [f"{mode} {number(ms, _milliseconds)} ms ({bound})" for (mode, _), (ms, bound) in floors.items()]
+    return f"\n  floor: {', '.join(words)}" if words else ""
 
 
 def _status(row: dict) -> str:
@@ -100,15 +114,16 @@ def _status(row: dict) -> str:
 
 def text(results: dict) -> str:
     """The whole table, one block per layer."""
-    blocks = [header(results), EXPLANATION]
-    names = ["mode", "dtype", "contender", *SHOW]
-    titles = [TITLES.get(name, name) for name in names]
+    show = SHOW | (ON_A_GPU if any("launches" in row for row in results["rows"]) else {})
+    blocks = [header(results), EXPLANATION, *([EXPLANATION_ON_A_GPU] if len(show) > len(SHOW) else [])]
+    titles = [TITLES.get(name, name) for name in ("mode", "dtype", "contender", *show)]
     for (case, layer, batch), rows in _groups(results["rows"], "case", "layer", "batch").items():
         measured = [r for r in rows if r["status"] == "ok"]
-        cells = [[r["mode"], r["dtype"], r["contender"], *(number(r.get(k), SHOW[k]) for k in SHOW)] for r in measured]
+        cells = [[r["mode"], r["dtype"], r["contender"], *(number(r.get(k), show[k]) for k in show)] for r in measured]
         others = [f"{r['mode']}  {r['dtype']}  {r['contender']}  {_status(r)}" for r in rows if r["status"] != "ok"]
         lines = _align([titles, *cells], 3) if cells else []
-        blocks.append("\n".join([f"{case}: batch {batch}, {layer}", *(f"  {line}" for line in lines + others)]))
+        title = f"{case}: batch {batch}, {layer}{_floors(rows)}"
+        blocks.append("\n".join([title, *(f"  {line}" for line in lines + others)]))
     if not results["rows"]:
         blocks.append(NOT_MEASURED)
     if not results.get("complete"):

@@ -21,10 +21,12 @@ import measure
 import report
 import torch
 from cases import CASES, QUICK
-from workload import MODES, OURS, Case, Contender, Workload
+from roofline import Rates, work
+from workload import DTYPES, MODES, OURS, Case, Contender, Workload
 
 RESULTS = Path(__file__).parent / "results" / "latest.json"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+OLDEST = (8, 0)  # compute capability
+LOST = 3  # exit status: the device failed, so that nothing more can run on it in this process
 BASELINES = tuple(dict.fromkeys(name for case in CASES for name in case.kind.baselines))
 
 
@@ -41,7 +43,8 @@ def contenders(case: Case, args: argparse.Namespace) -> list[str]:
 
 def refusal(name: str, error: Exception) -> tuple[str, str]:
     """(status, reason) of a contender that raised: no failure where a baseline or a backend cannot run a case."""
-    absent = not name.startswith(OURS) or (isinstance(error, RuntimeError) and " cannot run " in str(error))
+    unable = isinstance(error, RuntimeError) and " cannot run " in str(error)
+    absent = not name.startswith(OURS) or unable or isinstance(error, torch.OutOfMemoryError)
     if not absent:
         traceback.print_exception(error)
     line = (str(error).strip() or "no message").splitlines()[0]
@@ -81,26 +84,58 @@ def prepare(workload: Workload, mode: str, admitted: dict[str, Contender]) -> tu
     return calls, refused
 
 
-def measure_calls(
-    calls: dict[str, Callable], device: torch.device, size: int, bandwidth: float, seconds: float
-) -> dict:
-    """The measured fields of every contender; ``size``: bytes that a fused operator moves."""
+def measure_calls(calls: dict[str, Callable], device: torch.device, seconds: float) -> dict[str, dict]:
+    """The measured fields of every contender."""
     times = measure.interleave(calls, device, seconds)
-    medians = {name: statistics.median(values) for name, values in times.items()}
     rows = {}
     for name, call in calls.items():
-        rate = size / (medians[name] * 1e-3)
         rows[name] = {
-            "ms": medians[name],
+            "ms": statistics.median(times[name]),
             "p20": measure.percentile(times[name], 20),
             "p80": measure.percentile(times[name], 80),
             "rounds": len(times[name]),
-            "speedup": medians["eager"] / medians[name] if "eager" in medians else None,
-            "gbps": rate / 1e9,
-            "floor": rate / bandwidth,
             "memory": measure.peak_memory(call, device),
         }
+        if device.type == "cuda":
+            rows[name] |= {"launches": measure.launches(call, device), **_replayed(call, device)}
     return rows
+
+
+def _replayed(call: Callable, device: torch.device) -> dict[str, object]:
+    """Not every contender can be captured."""
+    try:
+        return {"graph": measure.replay(call, device)}
+    except Exception as error:
+        return {"graph": None, "no_graph": refusal("", error)[1]}
+
+
+def shares(row: dict, case: Case, rates: Rates, eager: float | None) -> dict[str, object]:
+    """What follows from a measured time, the rates of the machine and the work of the layer."""
+    about = row["batch"], row["dtype"], row["mode"]
+    floor, bound = rates.floor(case, *about)
+    seconds = row["ms"] * 1e-3
+    return {
+        "speedup": eager / row["ms"] if eager else None,
+        "gbps": work(case, *about).bytes / seconds / 1e9,
+        "floor": floor / seconds,
+        "floor_ms": floor * 1e3,
+        "bound": bound,
+    }
+
+
+def alive(device: torch.device) -> bool:
+    """Whether the device still answers: after an illegal access no call on it succeeds."""
+    if device.type != "cuda":
+        return True
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return False
+    return True
+
+
+class DeviceLost(Exception):
+    """The device does not answer any more."""
 
 
 @contextmanager
@@ -126,31 +161,52 @@ def progress(total: int) -> Iterator[Callable[[str], None]]:
         yield step
 
 
+def run_case(case: Case, dtype: str, args: argparse.Namespace, modes: list[str], step: Callable) -> Iterator[dict]:
+    """Rows of a case, unfinished: who took part, and what was measured."""
+    device, batch, names = torch.device(args.device), args.batch or case.batch(args.device), contenders(case, args)
+    about = {"case": case.name, "layer": case.describe(), "batch": batch, "dtype": dtype}
+    step(f"{case.name} {dtype}: parity")
+    try:
+        workload = case.kind.random(case, batch, device, DTYPES[dtype])
+        admitted, refused = admit(names, workload, gradients=modes != ["fwd"])
+    except torch.OutOfMemoryError as error:  # of the inputs, or of the reference
+        admitted, refused = {}, {name: refusal(name, error) for name in names}
+    for mode in modes:
+        step(f"{case.name} {dtype}: {mode}")
+        calls, unable = prepare(workload, mode, admitted) if admitted else ({}, {})
+        try:
+            measured = measure_calls(calls, device, args.seconds) if calls else {}
+        except Exception as error:
+            measured, unable = {}, {**unable, **{name: refusal(name, error) for name in calls}}
+        for name in names:
+            status, reason = {**refused, **unable}.get(name, ("ok", ""))
+            yield {
+                **about,
+                "mode": mode,
+                "contender": name,
+                "status": status,
+                "reason": reason,
+                **measured.get(name, {}),
+            }
+
+
 def run(cases: list[Case], args: argparse.Namespace, results: dict, save: Callable[[], None]) -> None:
     """Measure everything asked for; ``results`` fills as it goes."""
     device = torch.device(args.device)
     modes = {case: [mode for mode in args.mode if mode in case.kind.modes] for case in cases}
     with progress(1 + len(args.dtype) * sum(1 + len(found) for found in modes.values())) as step:
-        step("copy bandwidth")
-        size = (1 << 30) if device.type == "cuda" else (1 << 27) if args.quick else (1 << 28)
-        results["bandwidth"] = measure.copy_bandwidth(device, size)
+        step("rates of the machine")
+        rates = Rates.measured(device, args.dtype, args.quick)
+        results.update(bandwidth=rates.bandwidth, rates={**rates.products, "vector": rates.vector})
         for case, dtype in itertools.product(cases, args.dtype):
-            step(f"{case.name} {dtype}: parity")
-            batch = args.batch or case.batch(device.type)
-            workload = case.kind.random(case, batch, device, DTYPES[dtype])
-            names = contenders(case, args)
-            admitted, refused = admit(names, workload, gradients=modes[case] != ["fwd"])
-            for mode in modes[case]:
-                step(f"{case.name} {dtype}: {mode}")
-                calls, unable = prepare(workload, mode, admitted)
-                size = workload.bytes(mode)
-                measured = measure_calls(calls, device, size, results["bandwidth"], args.seconds) if calls else {}
-                about = {"case": case.name, "layer": case.describe(), "batch": batch, "dtype": dtype, "mode": mode}
-                for name in names:
-                    status, reason = {**refused, **unable}.get(name, ("ok", ""))
-                    row = {**about, "contender": name, "status": status, "reason": reason, **measured.get(name, {})}
-                    results["rows"].append(row)
+            rows = run_case(case, dtype, args, modes[case], step)
+            for _, group in itertools.groupby(rows, lambda row: row["mode"]):
+                group = list(group)
+                eager = next((row.get("ms") for row in group if row["contender"] == "eager"), None)
+                results["rows"] += [row | (shares(row, case, rates, eager) if "ms" in row else {}) for row in group]
                 save()
+            if not alive(device):
+                raise DeviceLost(case.name)
     results["complete"] = True
     save()
 
@@ -197,9 +253,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name, value in (("--batch", args.batch), ("--threads", args.threads)):
         if value is not None and value < 1:
             parser.error(f"{name} must be at least 1, got {value}")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch finds no CUDA device")
+    if args.device == "cuda" and (why := no_gpu()):
+        parser.error(f"--device cuda: {why}")
     return args
+
+
+def no_gpu() -> str | None:
+    """Why nothing can be measured on a GPU here, or None."""
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    if (found := torch.cuda.get_device_capability()) < OLDEST:
+        name, (major, minor) = torch.cuda.get_device_name(), found
+        return f"{name} has compute capability {major}.{minor}, the kernels need {OLDEST[0]}.{OLDEST[1]} or later"
+    return None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -217,7 +283,8 @@ def main(argv: list[str] | None = None) -> int:
     old = report.load(args.compare) if args.compare else None  # read before a long run, not after it
     if args.threads:
         torch.set_num_threads(args.threads)
-    results = {"machine": measure.machine(torch.device(args.device)), "bandwidth": None, "complete": False, "rows": []}
+    results = {"machine": measure.machine(torch.device(args.device)), "bandwidth": None, "rates": {}}
+    results |= {"complete": False, "rows": []}
     status = 0
     # a shift's -100 leaves subnormal weights, which slow plain PyTorch on a CPU up to five times: not held against it
     torch.set_flush_denormal(True)
@@ -225,6 +292,9 @@ def main(argv: list[str] | None = None) -> int:
         run(cases, args, results, lambda: report.save(results, args.json))
     except KeyboardInterrupt:
         status = 130
+    except DeviceLost as error:
+        print(f"the device stopped answering at {error}; the cases after it were not measured", file=sys.stderr)
+        status = LOST
     finally:
         torch.set_flush_denormal(False)
     print(report.markdown(results) if args.markdown else report.text(results))

@@ -16,8 +16,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-MODES = {"fwd": 4, "bwd": 7, "full": 11}  # tensors of tokens x channels that fused attention reads and writes
+MODES = ("fwd", "bwd", "full")  # full: forward and backward
 OURS = "vitkernels-"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 Contender = Any  # what a workload's `output` takes: as a rule a function of the inputs
 
@@ -52,7 +53,7 @@ class Case(ABC):
 class Workload(ABC):
     """Inputs of one case, the same for every contender."""
 
-    modes: ClassVar[tuple[str, ...]] = tuple(MODES)  # passes of the operator
+    modes: ClassVar[tuple[str, ...]] = MODES  # passes of the operator
     gpu: ClassVar[str] = "triton"  # vitkernels' backend for CUDA tensors
     baselines: ClassVar[dict[str, Callable]]  # "eager", which the others are measured against, is one of them
 
@@ -79,10 +80,6 @@ class Workload(ABC):
     @abstractmethod
     def leaves(self) -> list[Tensor]:
         """The inputs that have a gradient."""
-
-    @abstractmethod
-    def bytes(self, mode: str) -> int:
-        """What a fused operator reads and writes."""
 
     def forward(self, contender: Contender) -> Tensor | tuple[Tensor, ...]:
         with torch.no_grad():

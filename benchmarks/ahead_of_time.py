@@ -1,0 +1,235 @@
+"""Ahead-of-time compilation without a GPU: a launcher runs on CPU tensors while every launch only compiles.
+
+The launcher itself chooses the arguments, constants, warps and stages: what is compiled is what would be launched.
+Triton either interprets or compiles, so that this runs in a process without TRITON_INTERPRET.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+
+class _Driver:
+    """Stands for a driver: there is a device of the given capability, and nothing runs on it."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.capability  # kernels are cached by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compile_launches(call: Callable[[], object], capability: int) -> list:
+    """The compiled kernels of every launch that ``call`` makes, in order."""
+    compiled, run = [], JITFunction.run
+
+    def compile_only(kernel, *args, grid, warmup, **kwargs):
+        compiled.append(run(kernel, *args, grid=grid, warmup=True, **kwargs))
+
+    driver = mock.patch.object(triton.runtime.driver, "_active", _Driver(capability))
+    with driver, mock.patch.object(JITFunction, "run", compile_only):
+        call()
+    return compiled
+
+
+class Groups(NamedTuple):
+    """Partition attention of a packed projection of three heads, with a bias table, or an MLP of a hidden width."""
+
+    group: int  # tokens
+    head_dim: int
+    dtype: str
+    shift: int = 0
+    ragged: bool = False
+    hidden: int = 0
+
+    def launch(self) -> None:
+        """A forward and a backward pass."""
+        from vitkernels.partition_attention import kernels
+
+        heads, p, side = 3, self.hidden, 2 * self.group + self.ragged
+        qkv = torch.empty(2, side, side, 3, heads, self.head_dim, dtype=getattr(torch, self.dtype))
+        bias = None if p else torch.empty(heads, 2 * self.group - 1, 2 * self.group - 1)
+        mlp = [torch.empty(shape) for shape in _mlp(p, heads)] if p else []
+        inputs = *qkv.unbind(3), bias, mlp, False
+        geometry = (self.group, self.group, 1, 1, self.shift, self.shift)
+        out, statistic = kernels.partition_attention_forward(*inputs, *geometry, 0.2)
+        kernels.partition_attention_backward(out, *inputs, statistic, *geometry, 0.2)
+
+    @property
+    def padding(self) -> float:
+        return _real(self.group**2) * _real(self.head_dim)
+
+
+def _mlp(hidden: int, heads: int) -> list[tuple[int, ...]]:
+    """Shapes of the 14 parameters of a position MLP."""
+    p = hidden
+    return [(p, 2), (p,), *[(p,), (p,), (p, p), (p,)] * 2, (p,), (p,), (heads, p), (heads,)]
+
+
+def _real(size: int) -> float:
+    """The share of the lanes of a tile that stand for something."""
+    tile = max(16, triton.next_power_of_2(size))
+    return size / tile if tile <= 128 else size / (triton.cdiv(size, 64) * 64)
+
+
+class Offsets(NamedTuple):
+    """The table of a position MLP for groups of so many tokens along an axis."""
+
+    group: int  # tokens
+    hidden: int
+    heads: int
+
+    def launch(self) -> None:
+        """A forward and a backward pass."""
+        from vitkernels.position_bias import kernels
+
+        mlp = [torch.empty(shape) for shape in _mlp(self.hidden, self.heads)]
+        table = kernels.dynamic_position_bias_forward(mlp, False, self.group, self.group)
+        kernels.dynamic_position_bias_backward(table, mlp, False, self.group, self.group)
+
+    @property
+    def padding(self) -> float:
+        return _real((2 * self.group - 1) ** 2)
+
+
+class Leaves(NamedTuple):
+    """Cluster attention of a packed projection of three heads, in leaves of a tree."""
+
+    tokens: int
+    overlap: int
+    head_dim: int
+    dtype: str
+
+    def launch(self) -> None:
+        """A forward and a backward pass."""
+        from vitkernels.cluster_attention import kernels
+
+        qkv = torch.empty(2, 64 * self.tokens, 3, 3, self.head_dim, dtype=getattr(torch, self.dtype))
+        order = torch.empty(2, 3, 64 * self.tokens, dtype=torch.int32)
+        q, k, v = qkv.unbind(2)
+        out, statistic = kernels.cluster_attention_forward(q, k, v, order, self.tokens, self.overlap, 0.2, False)
+        kernels.cluster_attention_backward(out, q, k, v, order, statistic, self.tokens, self.overlap, 0.2)
+
+    @property
+    def padding(self) -> float:
+        return _real(self.tokens) * _real(self.head_dim)
+
+
+class Maps(NamedTuple):
+    """Pooled attention of queries and keys on maps of tokens, with a table for every axis that has a length."""
+
+    q_thw: tuple[int, int, int]
+    k_thw: tuple[int, int, int]
+    cls: int
+    head_dim: int
+    dtype: str
+
+    def launch(self) -> None:
+        """A forward and a backward pass."""
+        from vitkernels.pooled_attention import kernels
+
+        tokens = (math.prod(n) + self.cls for n in (self.q_thw, self.k_thw))
+        q, k = (torch.empty(2, n, 4, self.head_dim, dtype=getattr(torch, self.dtype)) for n in tokens)
+        lengths = [(a, b) if a * b > 1 else None for a, b in zip(self.q_thw, self.k_thw)]
+        tables = [n and torch.empty(2 * max(n) - 1, self.head_dim) for n in lengths]
+        positions = *tables, *(n and torch.zeros(n, dtype=torch.long) for n in lengths)
+        geometry = self.q_thw, self.k_thw, bool(self.cls), 1, 0.2
+        out, statistic = kernels.pooled_attention_forward(q, k, k, *positions, *geometry)
+        kernels.pooled_attention_backward(out, q, k, k, *positions, statistic, *geometry)
+
+    @property
+    def padding(self) -> float:
+        return _real(self.head_dim)
+
+
+class Pool(NamedTuple):
+    """Pooling of a packed projection of four heads on a map, with a norm: a convolution, or the maximum."""
+
+    thw: tuple[int, int, int]
+    kernel: tuple[int, int, int]
+    stride: tuple[int, int, int]
+    cls: int
+    head_dim: int
+    dtype: str
+    maximum: bool = False
+
+    def launch(self) -> None:
+        """A forward and a backward pass."""
+        from vitkernels.pooled_attention import pool_kernels
+
+        tokens = math.prod(self.thw) + self.cls
+        qkv = torch.empty(2, tokens, 3, 4, self.head_dim, dtype=getattr(torch, self.dtype))
+        weight = None if self.maximum else torch.empty(self.head_dim, math.prod(self.kernel))
+        padding = [n // 2 for n in self.kernel]
+        geometry = self.thw, self.kernel, self.stride, padding, self.maximum, bool(self.cls), 1e-6
+        x, dx, _ = qkv.unbind(2)
+        inputs = x, weight, torch.empty(self.head_dim), torch.empty(self.head_dim), *geometry
+        out = pool_kernels.pool_tokens_forward(*inputs)
+        pool_kernels.pool_tokens_backward(out, *inputs, dx)
+
+    @property
+    def padding(self) -> float:
+        return 1.0  # parts of 32 elements
+
+
+EVERYWHERE = {  # on every chip
+    "49 tokens, bf16, 32": Groups(7, 32, "bfloat16"),
+    "49 tokens, bf16, 32, shifted": Groups(7, 32, "bfloat16", 3),
+    "64 tokens, fp16, 64": Groups(8, 64, "float16"),
+    "100 tokens, bf16, 32": Groups(10, 32, "bfloat16"),
+    "196 tokens, fp16, 64": Groups(14, 64, "float16"),
+    "196 tokens, bf16, 96": Groups(14, 96, "bfloat16"),
+    "MLP of 12, 3 heads, 49 tokens": Offsets(7, 12, 3),
+    "leaves of 49, bf16, 32": Leaves(49, 20, 32, "bfloat16"),
+    "leaves of 49, fp16, 64": Leaves(49, 20, 64, "float16"),
+    "leaves of 72, bf16, 32": Leaves(72, 20, 32, "bfloat16"),
+    "leaves of 72, fp16, 64": Leaves(72, 20, 64, "float16"),
+    "3136 queries, 196 keys, bf16, 96": Maps((1, 56, 56), (1, 14, 14), 0, 96, "bfloat16"),
+    "1569 queries, 393 keys, bf16, 96": Maps((8, 14, 14), (8, 7, 7), 1, 96, "bfloat16"),
+    "pool of 3x3, stride 2, bf16, 96": Pool((1, 56, 56), (1, 3, 3), (1, 2, 2), 0, 96, "bfloat16"),
+}
+ON_TWO = {  # on sm_80 and sm_90
+    "16 tokens, bf16, 32": Groups(4, 32, "bfloat16"),
+    "49 tokens, bf16, 32, ragged": Groups(7, 32, "bfloat16", ragged=True),
+    "49 tokens, bf16, 32, MLP of 6": Groups(7, 32, "bfloat16", hidden=6),
+    "49 tokens, bf16, 32, MLP of 12": Groups(7, 32, "bfloat16", hidden=12),
+    "64 tokens, fp16, 64, shifted": Groups(8, 64, "float16", 4),
+    "196 tokens, fp16, 64, ragged": Groups(14, 64, "float16", ragged=True),
+    "49 tokens, bf16, 96": Groups(7, 96, "bfloat16"),
+    "49 tokens, bf16, 128": Groups(7, 128, "bfloat16"),
+    "49 tokens, fp32, 32": Groups(7, 32, "float32"),
+    "100 tokens, fp32, 32": Groups(10, 32, "float32"),
+    "MLP of 48, 24 heads, 49 tokens": Offsets(7, 48, 24),
+    "leaves of 49, bf16, 96": Leaves(49, 20, 96, "bfloat16"),
+    "leaves of 49, fp32, 32": Leaves(49, 20, 32, "float32"),
+    "leaves of 64, bf16, 32": Leaves(64, 20, 32, "bfloat16"),
+    "leaves of 72, bf16, 96": Leaves(72, 20, 96, "bfloat16"),
+    "1569 queries, 1569 keys, bf16, 96": Maps((8, 14, 14), (8, 14, 14), 1, 96, "bfloat16"),
+    "8001 queries, 2001 keys, bf16, 72": Maps((20, 20, 20), (20, 10, 10), 1, 72, "bfloat16"),
+    "784 queries, 196 keys, fp16, 64": Maps((1, 28, 28), (1, 14, 14), 0, 64, "float16"),
+    "784 queries, 196 keys, bf16, 128": Maps((1, 28, 28), (1, 14, 14), 0, 128, "bfloat16"),
+    "196 queries, 196 keys, fp32, 96": Maps((1, 14, 14), (1, 14, 14), 0, 96, "float32"),
+    "pool of 3x3, stride 1, fp16, 64": Pool((1, 56, 56), (1, 3, 3), (1, 1, 1), 0, 64, "float16"),
+    "pool of 3x3, stride 4, fp32, 96": Pool((1, 56, 56), (1, 3, 3), (1, 4, 4), 0, 96, "float32"),
+    "pool of 3x3x3, stride 2, bf16, 96": Pool((8, 56, 56), (3, 3, 3), (1, 2, 2), 1, 96, "bfloat16"),
+    "pool of 3x3x3, stride 8, bf16, 96, maximum": Pool((8, 56, 56), (3, 3, 3), (1, 8, 8), 1, 96, "bfloat16", True),
+}
+
+
+def cases(capability: int) -> dict[str, NamedTuple]:
+    """What is compiled for a chip."""
+    return EVERYWHERE | (ON_TWO if capability in (80, 90) else {})

@@ -1,0 +1,170 @@
+"""Machine code of a GPU kernel, read: its hot loop, what that asks of every unit, how many bytes it has under way.
+
+The hot loop is the innermost loop with most matrix instructions, of kernels without any that with most instructions;
+without a loop it is all of the kernel.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections import Counter
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+LANES = 32  # of a warp
+# what runs on the pipe of float32 multiply-adds, and what on none of the arithmetic pipes
+MULTIPLY_ADD = ("FFMA", "FADD", "FMUL", "IMAD", "HFMA2", "HADD2", "HMUL2")
+ELSEWHERE = ("MUFU", "BRA", "BAR", "EXIT", "BSSY", "BSYNC", "NOP", "WARP", "DEPBAR", "LDGDEPBAR", "LD", "ST", "RED", "S2")
+ELSEWHERE += ("SYNCS", "UTC", "HMMA", "HGMMA", "SHFL", "U", "R2UR", "FENCE", "CS2R", "ERRBAR", "CCTL", "PLOP3", "ATOM")
+MATRIX = {"HMMA": "mma.sync", "HGMMA": "wgmma", "UTCHMMA": "tcgen05"}
+
+
+class Instruction(NamedTuple):
+    name: str  # with its modifiers
+    operands: str
+
+    @property
+    def kind(self) -> str:
+        return self.name.split(".")[0]
+
+    @property
+    def width(self) -> int:
+        """Bytes that a lane moves."""
+        if wide := re.search(r"\.(128|64)\b", self.name):
+            return int(wide[1]) // 8
+        if narrow := re.search(r"\.[US](8|16)\b", self.name):
+            return int(narrow[1]) // 8
+        return 4
+
+    @property
+    def multiply_adds(self) -> int:
+        """Of a warp, by matrix instructions whose name says the shape."""
+        if self.kind == "HGMMA":  # four warps share it
+            m, n, k = map(int, re.search(r"\.(\d+)x(\d+)x(\d+)", self.name).groups())
+            return m * n * k // 4
+        if self.kind == "HMMA":  # m is 16, n is 8
+            return 16 * 8 * int(re.search(r"\.168(\d+)", self.name)[1])
+        return 0
+
+    @property
+    def registers(self) -> set[int]:
+        return {int(number) for number in re.findall(r"\bR(\d+)\b", self.operands)}
+
+
+class Needs(NamedTuple):
+    """What a trip through the hot loop asks of a multiprocessor, for one block."""
+
+    requested: int  # bytes that lanes ask of global memory, or write there
+    multiply_adds: int  # by matrix instructions
+    special: int  # lanes' exponentials, reciprocals and the like
+    fma: int  # lanes' operations on the pipe of float32 multiply-adds
+    alu: int  # lanes' other arithmetic
+    issued: int  # instructions of warps
+
+
+class Code:
+    """Instructions of a kernel, from ``nvdisasm -c``."""
+
+    def __init__(self, text: str, warps: int, tensor_memory: list[int] | None = None):
+        """``tensor_memory``: multiply-adds of every tcgen05 product, whose instructions do not say their shape."""
+        self.warps, self.tensor_memory = warps, tensor_memory or []
+        self.code, labels, jumps = [], {}, []
+        for line in text.splitlines():
+            if label := re.match(r"(\.L_x_\d+):", line):
+                labels[label[1]] = len(self.code)
+            elif found := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[\dT]+\s+)?([A-Z][\w.]*)([^;]*);", line):
+                instruction = Instruction(*found.groups())
+                if instruction.kind == "BRA" and (target := re.search(r"`\((\.L_x_\d+)\)", instruction.operands)):
+                    jumps.append((len(self.code), target[1]))
+                self.code.append(instruction)
+        places = ((labels[target], place) for place, target in jumps if target in labels)
+        # no loop: one instruction that jumps to itself, and waits for a barrier
+        self.loops = [(first, last + 1) for first, last in places if last - first > 8]
+
+    @cached_property
+    def hot(self) -> list[Instruction]:
+        def matrix(loop: tuple[int, int]) -> int:
+            return sum(x.kind in MATRIX for x in self.code[slice(*loop)])
+
+        def inside(a: tuple[int, int], b: tuple[int, int]) -> bool:
+            return a != b and b[0] <= a[0] and a[1] <= b[1]
+
+        loops = [loop for loop in self.loops if matrix(loop)] or self.loops
+        loops = [loop for loop in loops if not any(inside(other, loop) for other in loops)]
+        return self.code[slice(*max(loops, key=lambda loop: (matrix(loop), loop[1] - loop[0])))] if loops else self.code
+
+    def _some(self, *kinds: str) -> Iterator[Instruction]:
+        return (x for x in self.hot if x.kind in kinds)
+
+    @property
+    def matrix(self) -> str:
+        """Kinds of matrix instructions of the kernel, and of its hot loop how many a warp issues."""
+        kinds = Counter(MATRIX[x.kind] for x in self.hot if x.kind in MATRIX)
+        kinds.update({MATRIX[x.kind]: 0 for x in self.code if x.kind in MATRIX})
+        return ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "none"
+
+    @property
+    def loads(self) -> str:
+        """Global loads of the hot loop by width, those of 16 bytes first."""
+        widths = Counter(x.width for x in self._some("LDG", "LDGSTS"))
+        return ", ".join(f"{count} x {width}" for width, count in sorted(widths.items(), reverse=True)) or "none"
+
+    @cached_property
+    def needs(self) -> Needs:
+        lanes = self.warps * LANES
+        products = sum(x.multiply_adds for x in self.hot) * self.warps
+        if self.tensor_memory:
+            share = sum(1 for _ in self._some("UTCHMMA")) / sum(x.kind == "UTCHMMA" for x in self.code)
+            products += round(sum(self.tensor_memory) * share)
+        arithmetic = [x.kind for x in self.hot if not x.kind.startswith(ELSEWHERE)]
+        fma = sum(kind.startswith(MULTIPLY_ADD) for kind in arithmetic)
+        return Needs(
+            requested=lanes * sum(x.width for x in self._some("LDG", "LDGSTS", "STG")),
+            multiply_adds=products,
+            special=lanes * sum(1 for _ in self._some("MUFU")),
+            fma=lanes * fma,
+            alu=lanes * (len(arithmetic) - fma),
+            issued=self.warps * len(self.hot),
+        )
+
+    @cached_property
+    def under_way(self) -> tuple[int, int]:
+        """Bytes of a block that are asked for and not yet waited for: at most, and on average while it computes.
+
+        A load into registers is waited for where one of them is named next, a copy to shared memory where its group
+        is. The loop is gone through twice, so that loads for the next trip count.
+        """
+        most, behind, loads, groups = 0, [], [], [0]  # (registers, bytes); bytes of groups of copies, the open one last
+        for trip in range(2 if self.hot is not self.code else 1):
+            for x in self.hot:
+                loads = [load for load in loads if not load[0] & x.registers]
+                if x.kind == "LDG":
+                    target = int(re.search(r"\bR(\d+)\b", x.operands)[1]) if "R" in x.operands else -1
+                    loads.append((set(range(target, target + -(-x.width // 4))), x.width))
+                elif x.kind == "LDGSTS":
+                    groups[-1] += x.width
+                elif x.kind == "LDGDEPBAR":
+                    groups.append(0)
+                elif x.kind == "DEPBAR" and (left := re.search(r"SB0, (0x[0-9a-f]+)", x.operands)):
+                    groups = [0] * (len(groups) - 1 - int(left[1], 16)) + groups[-1 - int(left[1], 16) :]
+                now = sum(size for _, size in loads) + sum(groups)
+                most = max(most, now)
+                if x.kind in MATRIX or x.kind in ("MUFU", "FFMA"):
+                    behind.append(now)
+        lanes = self.warps * LANES
+        return most * lanes, round(sum(behind) / max(1, len(behind))) * lanes
+
+
+def disassemble(tools: Path, cubin: Path) -> str:
+    return subprocess.run([tools / "nvdisasm", "-c", cubin], capture_output=True, text=True, check=True).stdout
+
+
+def resources(tools: Path, cubin: Path) -> list[tuple[str, dict[str, int]]]:
+    """(name, REG, STACK and SHARED) of every kernel."""
+    command = [tools / "cuobjdump", "--dump-resource-usage", cubin]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    kernels = re.findall(r"Function (\S+):\s*(.*)", text)
+    return [(name, {k: int(v) for k, v in re.findall(r"(\w+):(\d+)", line)}) for name, line in kernels]
