@@ -100,6 +100,15 @@ CASES: tuple[Case, ...] = (
     *_mvit_v2(),
 )
 
+# one layer for every kernel, in every form that it takes
+EVERY_KERNEL = (
+    *("crossformer-s-224-stage1-sda", "crossformer-s-224-stage1-lda", "crossformer-s-224-stage4-sda"),
+    *("maxvit-t-224-stage1-grid", "swin-t-224-stage2-shifted", "crossformer-s-1344x800-stage3-lda"),
+    *("crossformer++-s-224-stage2-lda", "crossformer++-s-224-stage3-sda"),
+    *("boat-swin-t-224-stage2-cluster", "boat-swin-t-224-stage2-attend", "boat-swin-t-384-stage1-attend"),
+    *("mvitv2-s-224-stage3-both", "mvitv1-b-16x4-block4-both"),
+)
+
 QUICK = (
     *("crossformer-s-224-stage1-sda", "crossformer-s-224-stage1-lda"),
     *("boat-swin-t-224-stage3-both", "mvitv2-s-224-stage3-both"),

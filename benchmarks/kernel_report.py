@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import itertools
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -81,11 +82,11 @@ class Kernel(NamedTuple):
     matrix: str
     loads: str
     clocks: dict[str, int]  # a trip through the hot loop, by unit, of a multiprocessor that did nothing else
+    one_layout: bool = False  # whether loads and stores of a tile of 64 x 64 pairs are of one layout
 
     @property
     def limit(self) -> str:
-        first, second = sorted(self.clocks, key=self.clocks.get, reverse=True)[:2]
-        return f"{first} {self.clocks[first]}, {second} {self.clocks[second]}" if self.clocks[first] else "none"
+        return max(self.clocks, key=self.clocks.get)
 
 
 def kernel(case: str, name: str, chip: Chip, code: sass.Code, padding: float, **launch: int) -> Kernel:
@@ -129,6 +130,7 @@ def triton_kernels(capability: int, names: Iterable[str]) -> list[Kernel]:
                 launch = dict(registers=taken["REG"], spilled=taken["STACK"], shared=metadata.shared)
                 launch["tensor_memory"] = getattr(metadata, "tmem_size", 0)
                 row = kernel(case, metadata.name.strip("_"), CHIPS[capability], code, about.padding, **launch)
+                row = row._replace(one_layout=_one_layout(compiled.asm["ttgir"]))
                 before = found.get((case, row.name))
                 if before is None or (row.spilled, row.registers) > (before.spilled, before.registers):
                     found[case, row.name] = row
@@ -141,25 +143,181 @@ def _products(ttgir: str) -> list[int]:
     return [int(m) * int(k) * int(n) for m, k, _, n in shapes]
 
 
-CLUSTERING = {"IfL": "fp32", "I6__half": "fp16", "I13__nv_bfloat16": "bf16"}  # in the names of the kernels
-LARGEST = 3136, 32  # tokens and features of the largest published case
+def _one_layout(ttgir: str) -> bool:
+    """Whether a thread stores only elements of its 64 x 64 tile that it loads: the pointers are the same."""
+    loads, stores = (
+        set(re.findall(rf"tt\.{access} (%\w+).*64x64x!tt\.ptr<f32>", ttgir)) for access in ("load", "store")
+    )
+    return bool(stores) and stores <= loads
 
 
-def cuda_library() -> Path | None:
+DTYPES = {"fp32": ("If", 4), "fp16": ("I6__half", 2), "bf16": ("I13__nv_bfloat16", 2)}  # in a kernel's name, bytes
+SIZES = {"784 tokens, 32": (784, 32), "3136 tokens, 32": (3136, 32), "9216 tokens, 32": (9216, 32)}  # with features
+PLAN = """#include <cstdio>
+#include "cuda/balanced_clusters.h"
+int main(int, char** a) {
+  auto launch = vitkernels::plan(atol(a[1]), atoi(a[2]), atol(a[3]), atol(a[4]));
+  printf("%d %d %zu", launch.warps, int(launch.resident), launch.shared);
+}"""
+
+
+def _cuda_library() -> Path | None:
     from vitkernels import _native
 
     found = _native._find("_CUDA")
     return None if found is None else Path(found)
 
 
-def nvcc(library: Path) -> str:
-    """The version of the compiler that made a library."""
-    text = subprocess.run(["strings", "-a", library], capture_output=True, text=True).stdout
-    found = re.search(r"Cuda compilation tools, release ([\d.]+), V([\d.]+)", text)
-    return found[2] if found else "unknown"
+def _compiler_of(library: Path) -> str:
+    """The release of nvcc that made a library."""
+    found = re.search(rb"Cuda compilation tools, release [\d.]+, V([\d.]+)", library.read_bytes())
+    return found[1].decode() if found else "unknown"
+
+
+def cuda_kernels(library: Path) -> dict[int, list[Kernel]]:
+    """Rows of the clustering, by chip, each as its launch is planned on a chip."""
+    rows: dict[int, list[Kernel]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        source, plan = Path(folder) / "plan.cpp", Path(folder) / "plan"
+        source.write_text("#include <cstdlib>\n" + PLAN)
+        subprocess.run([os.environ.get("CXX", "c++"), f"-I{ROOT / 'csrc'}", source, "-o", plan], check=True)
+        extract = [tools() / "cuobjdump", "--extract-elf", "all", library.resolve()]
+        subprocess.run(extract, cwd=folder, check=True, stdout=subprocess.DEVNULL)
+        for cubin in Path(folder).glob("*.cubin"):
+            capability = int(re.search(r"sm_(\d+)", cubin.name)[1])
+            taken = dict(sass.resources(tools(), cubin))
+            if taken and capability in CHIPS:
+                rows[capability] = list(_clustering(plan, CHIPS[capability], taken, sass.disassemble(tools(), cubin)))
+    return dict(sorted(rows.items()))
+
+
+def _clustering(plan: Path, chip: Chip, taken: dict[str, dict[str, int]], text: str) -> Iterator[Kernel]:
+    kernels = dict(re.findall(r"\n\s*\.section\s+\.text\.(\w+),(.*?)(?=\n\s*\.section\s+\.text|\Z)", text, re.S))
+    for (case, (tokens, features)), (dtype, (mangled, size)) in itertools.product(SIZES.items(), DTYPES.items()):
+        command = [plan, *map(str, (tokens, features, size, (chip.shared - 1) * 1024))]
+        planned = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+        warps, resident, shared = map(int, planned)
+        name = next(name for name in taken if f"{mangled}Lb{resident}E" in name)
+        launch = dict(registers=taken[name]["REG"], spilled=taken[name]["STACK"], shared=shared)
+        yield kernel(f"{case}, {dtype}", "balanced_clusters", chip, sass.Code(kernels[name], warps), 1.0, **launch)
+
+
+COLUMNS = (
+    *("kernel", "case", "warps", "registers", "spilled", "shared", "blocks", "in flight", "behind", "matrix", "loads"),
+    *("memory", "matrix", "exp2", "ALU", "limit"),
+)
+
+
+def cells(row: Kernel) -> list[str]:
+    kib = [f"{size / 1024:.0f}" for size in (row.shared, row.in_flight, row.behind)]
+    numbers = [str(n) for n in (row.warps, row.registers, row.spilled)]
+    clocks = [str(n) for n in row.clocks.values()]
+    return [row.name, row.case, *numbers, kib[0], str(row.blocks), *kib[1:], row.matrix, row.loads, *clocks, row.limit]
+
+
+def table(rows: list[Kernel]) -> str:
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|---|---|" + "---:|" * 7 + "---|---|" + "---:|" * 4 + "---|"]
+    return "\n".join(lines + ["| " + " | ".join(cells(row)) + " |" for row in rows])
+
+
+INTRODUCTION = """# Kernels
+
+What the compiler makes of every GPU kernel, with the settings that it is launched with: compiled ahead of time, no GPU
+needed, nothing here is a measured time. Written by `make kernels` (benchmarks/kernel_report.py); a test fails when it
+has drifted.
+
+- **registers** of a thread, bytes **spilled** by a thread, KiB of **shared** memory of a block, **blocks** that one
+  multiprocessor holds by these and by its limits of warps.
+- **in flight**: KiB that a multiprocessor's blocks have asked for and do not yet wait for, at most; **behind**: of
+  these while they compute, on average over the products and exponentials of the code. What is not behind computation
+  is waited for; then other blocks must fill in. An H200 needs some 23 KiB under way on every multiprocessor: 4.3 TB/s
+  for 700 ns.
+- **matrix** instructions that a warp issues, and global **loads** (count x bytes of a lane), of the hot loop: the
+  innermost loop with most matrix instructions, without any that with most instructions, else the whole kernel.
+- **memory**, **matrix**, **exp2**, **ALU**: clocks that a trip through the hot loop of one block takes a multiprocessor
+  in each of these units alone. memory: all bytes that lanes ask for or write, at the board's bandwidth, so that what a
+  cache serves counts too (rows read twice; the bias gradient's tile, which the 49-token backward kernel adds to); lanes
+  beyond the group or the head do not. ALU: the longest of the pipe of float32 multiply-adds, of all other arithmetic,
+  and of issuing. **limit**: the longest; the closer the next, the better the two must overlap.
+
+Boards, by their data sheets: {boards}.
+"""
+
+
+def document(triton_rows: dict[int, list[Kernel]], cuda_rows: dict[int, list[Kernel]], compiler: str) -> dict[str, str]:
+    """The introduction, and what Triton and nvcc made."""
+    boards = "; ".join(f"sm_{chip} {about.board}, {about.gbps:.0f} GB/s" for chip, about in CHIPS.items())
+    parts = {"": INTRODUCTION.format(boards=boards)}
+    import triton
+
+    for title, found in ((f"Triton {triton.__version__}", triton_rows), (f"CUDA C++, nvcc {compiler}", cuda_rows)):
+        chips = (f"### sm_{chip}\n\n{table(rows)}\n" for chip, rows in found.items())
+        parts[title] = f"## {title}\n\n" + "\n".join(chips)
+    return parts
+
+
+def drifted(parts: dict[str, str], committed: str) -> list[str]:
+    """Titles of parts that the committed document has otherwise; a part of another compiler is not compared."""
+    titles = re.findall(r"^## (.*)$", committed, re.M)
+    return [title for title, text in parts.items() if (not title or title in titles) and text.strip() not in committed]
+
+
+def rows_of(capability: int, pattern: str = "*") -> list[Kernel]:
+    """Triton's rows, compiled in a process of their own: Triton either interprets or compiles."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, __file__, "--chip", str(capability), "--case", pattern, "--json"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"sm_{capability}: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
+    return [Kernel(**row) for row in json.loads(done.stdout)]
 
 
 def main(argv: list[str] | None = None) -> int:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="python benchmarks/kernel_report.py", description=__doc__, formatter_class=form
+    )
+    parser.add_argument("--chip", nargs="+", type=int, choices=CHIPS, default=list(CHIPS), help="compute capabilities")
+    parser.add_argument("--case", default="*", metavar="GLOB", help="names of cases, with wildcards")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--write", action="store_true", help="write docs/kernels.md")
+    what.add_argument("--check", action="store_true", help="fail where docs/kernels.md has drifted")
+    what.add_argument("--json", action="store_true", help="rows of one chip's Triton kernels as JSON")
+    args = parser.parse_args(argv)
+    try:
+        import ahead_of_time
+    except ImportError as error:
+        parser.error(f"{error}: the kernels cannot be compiled without Triton")
+    if args.json:
+        names = fnmatch.filter(ahead_of_time.cases(args.chip[0]), args.case)
+        print(json.dumps([row._asdict() for row in triton_kernels(args.chip[0], names)]))
+        return 0
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = dict(zip(args.chip, pool.map(lambda chip: rows_of(chip, args.case), args.chip)))
+    library = _cuda_library()
+    if library is None:
+        print("the CUDA library was not built: its kernels are left out", file=sys.stderr)
+    clustering = cuda_kernels(library) if library else {}
+    clustering = {
+        chip: [row for row in rows if fnmatch.fnmatchcase(row.case, args.case)] for chip, rows in clustering.items()
+    }
+    parts = document(
+        found, {chip: clustering.get(chip, []) for chip in args.chip}, _compiler_of(library) if library else ""
+    )
+    if args.check:
+        changed = drifted(parts, DOCUMENT.read_text())
+        print(
+            "\n".join(
+                f"docs/kernels.md has drifted: {title or 'introduction'}; `make kernels` writes it" for title in changed
+            )
+        )
+        return int(bool(changed))
+    text = "\n".join(part.strip() + "\n" for part in parts.values())
+    if args.write:
+        DOCUMENT.write_text(text)
+    else:
+        print(text)
     return 0
 
 

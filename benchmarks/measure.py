@@ -89,9 +89,16 @@ def _quick(call: Callable, device: torch.device) -> float:
 
 
 def launches(call: Callable, device: torch.device) -> int | None:
-    """Kernels, copies and fills that ``call`` starts on a GPU."""
+    """Kernels, copies and fills that ``call`` starts on a GPU; None where no profiler may count them."""
     if device.type != "cuda":
         return None
+    try:
+        return _count_launches(call, device)
+    except RuntimeError:
+        return None
+
+
+def _count_launches(call: Callable, device: torch.device) -> int:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         call()
         torch.cuda.synchronize(device)

@@ -64,10 +64,11 @@ SHOW: dict[str, Callable[[float], str]] = {
 TITLES = {"speedup": "vs eager", "gbps": "GB/s", "floor": "of floor", "memory": "peak memory", "graph": "graph, ms"}
 ON_A_GPU = {"launches": "{:.0f}".format, "graph": _milliseconds}
 EXPLANATION = (
-    "vs eager: eager's median in the same run over this median. GB/s: what a fused operator must move\n"
-    "(benchmarks/roofline.py) over the median. of floor: the time in which this machine, at the rates above, could move\n"
-    "those bytes or do the arithmetic, whichever is longer, over the median; past 100 % a cache served it, or products\n"
-    "ran faster than in a large matmul. peak memory: most bytes of tensors alive at once, results included, inputs not."
+    "vs eager: eager's median in the same run over this median. GB/s: what a fused operator must move over the\n"
+    "median. of floor: the time in which this machine, at the rates above, could move those bytes or do the\n"
+    "arithmetic (benchmarks/roofline.py), whichever is longer, over the median; past 100 % a cache served it, or\n"
+    "products ran faster than in a large matmul. peak memory: most bytes of tensors alive at once, with results,\n"
+    "without inputs."
 )
 EXPLANATION_ON_A_GPU = (
     "Times are by events, the L2 cache flushed before each call. launches: kernels, copies and fills. graph, ms: as a\n"
@@ -153,6 +154,40 @@ def markdown(results: dict) -> str:
         cells += [cell(name, "memory") for name in ("eager", *ours)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) if rows else NOT_MEASURED
+
+
+def _best_other(rows: list[dict]) -> dict | None:
+    others = [
+        r for r in rows if not r["contender"].startswith("vitkernels") and r["contender"] != "eager" and r.get("ms")
+    ]
+    return min(others, key=lambda row: row["ms"], default=None)
+
+
+def summary(results: dict) -> str:
+    """The steps of benchmarks/gpu.sh, and of every layer the best of vitkernels beside the best of the others."""
+    steps = [["part", "step", "status", "seconds", "what"]]
+    for step in results.get("steps", []):
+        seconds = f"{step['seconds']:.0f}" if step["seconds"] else ""
+        steps.append([step["part"], step["step"], step["status"], seconds, step["reason"][:160]])
+    table = [
+        ["layer", "pass", "batch", "dtype", "eager", "best other", "", "vitkernels", "vs eager", "vs best", "of floor"]
+    ]
+    for (case, mode, batch, dtype), rows in _groups(results["rows"], "case", "mode", "batch", "dtype").items():
+        found = {row["contender"]: row for row in rows if row.get("ms")}
+        ours = min((r for n, r in found.items() if n.startswith("vitkernels")), key=lambda r: r["ms"], default={})
+        best = _best_other(rows) or {}
+        ratio = best["ms"] / ours["ms"] if best and ours else None
+        times = (number(row.get("ms"), _milliseconds) for row in (found.get("eager", {}), best, ours))
+        eager, other, fused = times
+        shares = number(ours.get("speedup"), SHOW["speedup"]), number(ratio, SHOW["speedup"])
+        about = [case, mode, str(batch), dtype, eager, other, best.get("contender", ""), fused]
+        table.append([*about, *shares, number(ours.get("floor"), SHOW["floor"])])
+    blocks = [header(results), "\n".join(_align(steps, len(steps[0])))]
+    if len(table) > 1:
+        blocks.append("milliseconds:\n" + "\n".join(_align(table, 4)))
+    if not results.get("complete"):
+        blocks.append("This run was not finished; the rows above are those it has.")
+    return "\n\n".join(blocks)
 
 
 def csv_text(results: dict) -> str:

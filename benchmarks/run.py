@@ -35,10 +35,10 @@ def contenders(case: Case, args: argparse.Namespace) -> list[str]:
     if args.backend:
         asked = [name if name in BASELINES else OURS + name for name in args.backend]
         return list(dict.fromkeys(["eager", *asked]))
-    if args.device == "cuda":
-        return [*case.kind.baselines, OURS + case.kind.gpu]
-    fit = ("eager", "eager-unbind", "sdpa", *(["compile"] if args.compile else []))
-    return [*(name for name in fit if name in case.kind.baselines), OURS + "cpu"]
+    compiled = ("compile", "flex") if args.device == "cuda" else ("compile",)
+    fit = case.kind.baselines if args.device == "cuda" else ("eager", "eager-unbind", "sdpa", "compile")
+    fit = [name for name in fit if name in case.kind.baselines and (args.compile or name not in compiled)]
+    return [*fit, OURS + (case.kind.gpu if args.device == "cuda" else "cpu")]
 
 
 def refusal(name: str, error: Exception) -> tuple[str, str]:
@@ -223,7 +223,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     known = [*BASELINES, "triton", "cuda", "cpu", "reference"]
     what = parser.add_argument_group("what to measure")
-    what.add_argument("--case", nargs="+", metavar="GLOB", help="names of cases, with wildcards; --list prints them")
+    what.add_argument(
+        "--case",
+        nargs="+",
+        metavar="GLOB",
+        help="names of cases, with wildcards, in the order to be run; --list prints them",
+    )
     what.add_argument(
         "--mode", nargs="+", choices=MODES, default=["fwd", "full"], help="full: fwd and bwd; default: fwd full"
     )
@@ -237,7 +242,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     how.add_argument("--device", choices=("cpu", "cuda"), help="cuda if there is one")
     how.add_argument("--threads", type=int, help="CPU threads; torch's default")
     how.add_argument("--seconds", type=float, help="time spent on each row (1; 0.5 with --quick)")
-    how.add_argument("--compile", action="store_true", help="torch.compile of eager on a CPU too; its warm-up is long")
+    how.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, help="contenders that torch.compile makes, slowly; on a GPU"
+    )
     out = parser.add_argument_group("results")
     out.add_argument(
         "--json", type=Path, default=RESULTS, metavar="PATH", help="default: benchmarks/results/latest.json"
@@ -250,6 +257,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.dtype = args.dtype or ["bfloat16" if args.device == "cuda" else "float32"]
     args.seconds = args.seconds if args.seconds is not None else (0.5 if args.quick else 1.0)
     args.patterns = args.case or (QUICK if args.quick else ["*"])
+    args.compile = args.device == "cuda" if args.compile is None else args.compile
     for name, value in (("--batch", args.batch), ("--threads", args.threads)):
         if value is not None and value < 1:
             parser.error(f"{name} must be at least 1, got {value}")
@@ -270,8 +278,8 @@ def no_gpu() -> str | None:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    cases = [case for case in CASES if any(fnmatch.fnmatchcase(case.name, pattern) for pattern in args.patterns)]
-    cases = [case for case in cases if set(args.mode) & set(case.kind.modes)]
+    matching = (case for pattern in args.patterns for case in CASES if fnmatch.fnmatchcase(case.name, pattern))
+    cases = [case for case in dict.fromkeys(matching) if set(args.mode) & set(case.kind.modes)]
     if not cases:
         what = f"{' '.join(args.patterns)} and has a pass {' or '.join(args.mode)}"
         print(f"no case matches {what}; --list prints the cases", file=sys.stderr)

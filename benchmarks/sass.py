@@ -1,7 +1,7 @@
 """Machine code of a GPU kernel, read: its hot loop, what that asks of every unit, how many bytes it has under way.
 
 The hot loop is the innermost loop with most matrix instructions, of kernels without any that with most instructions;
-without a loop it is all of the kernel.
+where there is none it is the whole kernel.
 """
 
 from __future__ import annotations
@@ -17,7 +17,22 @@ from typing import NamedTuple
 LANES = 32  # of a warp
 # what runs on the pipe of float32 multiply-adds, and what on none of the arithmetic pipes
 MULTIPLY_ADD = ("FFMA", "FADD", "FMUL", "IMAD", "HFMA2", "HADD2", "HMUL2")
-ELSEWHERE = ("MUFU", "BRA", "BAR", "EXIT", "BSSY", "BSYNC", "NOP", "WARP", "DEPBAR", "LDGDEPBAR", "LD", "ST", "RED", "S2")
+ELSEWHERE = (
+    "MUFU",
+    "BRA",
+    "BAR",
+    "EXIT",
+    "BSSY",
+    "BSYNC",
+    "NOP",
+    "WARP",
+    "DEPBAR",
+    "LDGDEPBAR",
+    "LD",
+    "ST",
+    "RED",
+    "S2",
+)
 ELSEWHERE += ("SYNCS", "UTC", "HMMA", "HGMMA", "SHFL", "U", "R2UR", "FENCE", "CS2R", "ERRBAR", "CCTL", "PLOP3", "ATOM")
 MATRIX = {"HMMA": "mma.sync", "HGMMA": "wgmma", "UTCHMMA": "tcgen05"}
 
@@ -81,8 +96,9 @@ class Code:
                     jumps.append((len(self.code), target[1]))
                 self.code.append(instruction)
         places = ((labels[target], place) for place, target in jumps if target in labels)
-        # no loop: one instruction that jumps to itself, and waits for a barrier
-        self.loops = [(first, last + 1) for first, last in places if last - first > 8]
+        loops = [(first, last + 1) for first, last in places if first < last]
+        # no loop: what waits for a barrier, in place or, so that it jumps back, after the end of the kernel
+        self.loops = [(a, b) for a, b in loops if b - a > 8 and not any(x.kind == "EXIT" for x in self.code[a:b])]
 
     @cached_property
     def hot(self) -> list[Instruction]:
@@ -92,7 +108,8 @@ class Code:
         def inside(a: tuple[int, int], b: tuple[int, int]) -> bool:
             return a != b and b[0] <= a[0] and a[1] <= b[1]
 
-        loops = [loop for loop in self.loops if matrix(loop)] or self.loops
+        products = any(x.kind in MATRIX for x in self.code)
+        loops = [loop for loop in self.loops if matrix(loop) or not products]
         loops = [loop for loop in loops if not any(inside(other, loop) for other in loops)]
         return self.code[slice(*max(loops, key=lambda loop: (matrix(loop), loop[1] - loop[0])))] if loops else self.code
 
@@ -138,7 +155,7 @@ class Code:
         is. The loop is gone through twice, so that loads for the next trip count.
         """
         most, behind, loads, groups = 0, [], [], [0]  # (registers, bytes); bytes of groups of copies, the open one last
-        for trip in range(2 if self.hot is not self.code else 1):
+        for _ in range(2 if self.hot is not self.code else 1):
             for x in self.hot:
                 loads = [load for load in loads if not load[0] & x.registers]
                 if x.kind == "LDG":

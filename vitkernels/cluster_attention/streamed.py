@@ -210,19 +210,21 @@ def _streamed_cluster_attention_backward_key(
     store_rows(dv, image, head, key, b_dv, SPEC)
 
 
-def _settings(x: Tensor) -> dict[str, int]:
-    """Warps and pipeline stages, chosen by what the compiler makes of the kernels for each chip.
+def _settings(kernel, x: Tensor) -> dict[str, int]:
+    """Warps and pipeline stages, chosen by what the compiler makes of the kernels for each chip (docs/kernels.md).
 
-    Two stages prefetch the rows of a step, where rows are so short that three blocks still fit a multiprocessor.
+    Two stages prefetch the rows of a step, where rows are so short that three blocks still fit a multiprocessor; a tile
+    of keys has more rows of queries and statistics under way without.
     """
     if INTERPRETED:
         return {}
-    heavy = x.shape[-1] > 64 or x.dtype == torch.float32
-    return {"num_warps": 8 if heavy else 4, "num_stages": 2 if x.shape[-1] <= 32 and not heavy else 1}
+    heavy, short = x.shape[-1] > 64 or x.dtype == torch.float32, x.shape[-1] <= 32
+    ahead = short and not heavy and kernel is not _streamed_cluster_attention_backward_key
+    return {"num_warps": 8 if heavy else 4, "num_stages": 2 if ahead else 1}
 
 
 def _launch(kernel, programs: int, *rows, call: Call, **arguments) -> None:
-    kernel[(programs,)](*rows, **arguments, **call.arguments, BLOCK=BLOCK, STEP=STEP, **_settings(call.example))
+    kernel[(programs,)](*rows, **arguments, **call.arguments, BLOCK=BLOCK, STEP=STEP, **_settings(kernel, call.example))
 
 
 def forward(call: Call, lse: Tensor) -> None:

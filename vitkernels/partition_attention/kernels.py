@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -205,27 +204,33 @@ def _tile(tokens: int) -> int:
 
 
 def _settings(kernel, call: Call, inline: bool) -> dict[str, int]:
-    """Warps, pipeline stages and, where it buys resident blocks, a limit of registers; HELD, FENCED for the backward.
+    """Warps, pipeline stages, a limit of registers where it buys resident blocks; HELD and FENCED for the backward.
 
-    Chosen by what the compiler makes of the kernels for each chip (tests/test_ahead_of_time.py).
+    docs/kernels.md shows what the compiler makes of them for each chip; no GPU has timed them yet.
     """
     x, geometry, tile = call.example, call.arguments["geometry"], _tile(call.tokens)
-    backward, narrow = kernel is _partition_attention_backward, x.shape[-1] <= 32 and x.dtype != torch.float32
+    half, head_dim, backward = x.element_size() == 2, x.shape[-1], kernel is _partition_attention_backward
+    narrow = head_dim <= 32 and half
     if INTERPRETED:
         return {"HELD": narrow, "FENCED": True} if backward else {}
     arch = capability(x.device)
-    plain = not geometry.shifted.value and not geometry.ragged.value and not inline
-    limited = arch == 90 and tile == 64 and narrow and plain
-    settings = {"num_warps": tile // 16, "num_stages": 2}
-    if tile == 64 and (arch == 100 or x.shape[-1] > 64 or x.dtype == torch.float32):
-        settings["num_warps"] = 8  # with tensor cores before sm_100, pairs of warps repeat products: better than spills
+    roomy = arch in (80, 90, 100)  # more than 100 KiB of shared memory
+    plain = not geometry.shifted.value and not geometry.ragged.value
+    # A warp takes 16 rows. With twice as many, which before sm_100 repeat products, what would spill does not.
+    heavy = head_dim > 64 or not half or (arch == 100 and backward and not plain)
+    settings = {"num_warps": 8 if heavy and tile == 64 else tile // 16}
     if backward:
-        asynchronous = 90 <= arch < 120  # tensor cores read shared memory: prefetched rows take no registers
-        settings["num_stages"] = 2 if asynchronous and x.dtype != torch.float32 else 1
+        # Tensor cores that read shared memory need no registers for rows fetched ahead; elsewhere those would spill.
+        settings["num_stages"] = (3 if arch == 90 and narrow else 2) if half and 90 <= arch < 120 else 1
+        limited = arch == 90 and tile == 64 and narrow and plain and not inline
         settings["HELD"] = tile < 64 or (narrow and not limited)
-        settings["FENCED"] = not limited  # there the layouts are one, as the test sees, and a barrier would spill
-    if limited:
-        settings["maxnreg"] = 168 if backward else 128
+        settings["FENCED"] = not limited  # there the layouts are one, as the tests see, and a barrier would spill
+        return settings | ({"maxnreg": 168} if limited else {})
+    # With two stages the rows of the next group are asked for and waited for at once. With three they come while this
+    # group is computed, if shared memory then still holds two blocks.
+    settings["num_stages"] = 3 if head_dim <= 32 or (roomy and half and head_dim <= 64) else 2
+    if narrow and tile == 64:
+        settings["maxnreg"] = 128 if arch == 80 or (roomy and plain) else 168  # four blocks, or three
     return settings
 
 

@@ -18,6 +18,7 @@ from .._triton import (
     INTERPRETED,
     LOG2E,
     Call,
+    capability,
     dot,
     exp,
     group_tokens,
@@ -193,14 +194,16 @@ def _streamed_attention_backward_bias(
 def _settings(kernel, x: Tensor) -> dict[str, int]:
     """Warps, pipeline stages and a limit of registers, without which the compiler may spill for one more block.
 
-    Chosen by what it makes of the kernels for each chip (tests/test_ahead_of_time.py).
+    docs/kernels.md shows what it makes of the kernels for each chip. Three stages fetch the keys of the next step while
+    this one is computed; on sm_100 one leaves registers for more blocks, which do as well.
     """
     if INTERPRETED:
         return {}
-    narrow = x.shape[-1] <= 32 and x.dtype != torch.float32
-    warps = 8 if x.dtype == torch.float32 or x.shape[-1] > 64 else 4
+    narrow = x.shape[-1] <= 32 and x.element_size() == 2
+    warps = 8 if x.element_size() > 2 or x.shape[-1] > 64 else 4
     if kernel is _streamed_attention_forward:
-        return {"num_warps": warps, "num_stages": 2, "maxnreg": 168 if narrow else 255}
+        stages = 1 if capability(x.device) == 100 else 3
+        return {"num_warps": warps, "num_stages": stages, "maxnreg": 168 if narrow else 255}
     return {"num_warps": warps, "num_stages": 1, "maxnreg": 255}
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from .._triton import INTERPRETED, Rows, Spec, accumulation_dtype, on, processors, refusal
+from .._triton import INTERPRETED, Rows, Spec, accumulation_dtype, capability, on, processors, refusal
 from . import positions, streamed
 from .positions import Layout
 
@@ -23,9 +23,10 @@ __all__ = ["pooled_attention_backward", "pooled_attention_forward", "refusal"]
 def _settings(x: Tensor, crowded: bool = False) -> dict[str, int]:
     """Tiles, warps and pipeline stages, chosen by what the compiler makes of the kernels for each chip.
 
-    Two stages fetch the rows of the next step without registers. Float32 products that tensor cores cannot take fill
-    the registers at half the tile, and where operands stand in registers a ``crowded`` kernel has room for half a step
-    (tests/test_ahead_of_time.py).
+    docs/kernels.md has it. Three stages fetch the rows of the next step while this one is computed; two only ask for
+    them without registers: where three cost a block, spill, or do not fit the shared memory. Float32 products that
+    tensor cores cannot take fill the registers at half the tile, and where operands stand in registers a ``crowded``
+    kernel has room for half a step.
     """
     if INTERPRETED:
         return {"BLOCK": 64, "STEP": 32}
@@ -34,7 +35,8 @@ def _settings(x: Tensor, crowded: bool = False) -> dict[str, int]:
     warps = 8 if x.shape[-1] > 64 else 4
     if crowded:
         return {"BLOCK": 64, "STEP": 16, "num_warps": warps, "num_stages": 1}
-    return {"BLOCK": 64, "STEP": 32, "num_warps": warps, "num_stages": 2}
+    stages = 3 if capability(x.device) == 90 else 2
+    return {"BLOCK": 64, "STEP": 32, "num_warps": warps, "num_stages": stages}
 
 
 def _terms(tables: Sequence[Tensor | None], indices: Sequence[Tensor | None]) -> list[Tensor | None]:

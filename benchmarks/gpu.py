@@ -1,0 +1,544 @@
+"""What only an NVIDIA GPU can show: the kernels built, tested, sanitized, repeated bit for bit, and measured.
+
+Everything is written to benchmarks/results/<gpu>/<date>.json as it comes, so that a run cut short keeps what it has; a
+step or a baseline that fails is a row with its reason, and the rest goes on. A table comes last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Event, Lock, Thread
+from typing import NamedTuple
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+PARTS = {  # and the most seconds of each; what one leaves over goes to those after it
+    "build": 130,
+    "tests": 130,
+    "sanitize": 70,
+    "repeat": 50,
+    "sweep": 110,
+    "models": 30,
+}
+# most wanted first
+SWEEP = (
+    *(
+        "crossformer-s-224-stage1-*",
+        "boat-swin-t-224-stage1-both",
+        "mvitv2-s-224-stage1-attend",
+        "maxvit-t-224-stage1-*",
+    ),
+    *(
+        "crossformer-s-224-*",
+        "boat-swin-t-224-stage1-*",
+        "mvitv2-s-224-stage1-*",
+        "plain-*",
+        "swin-t-224-stage1-shifted",
+    ),
+    "*",
+)
+COMPILED = ("crossformer-s-224-stage1-sda", "swin-t-224-stage1-shifted", "mvitv2-s-224-stage3-attend")
+REPEATS = 1000
+LOST = 3  # exit status of a process whose device failed, as of benchmarks/run.py
+KERNEL_TESTS = ("triton", "cluster_triton", "pool_triton", "pooled_triton", "position_bias", "lsda")
+MODELS = {  # of the libraries that people have: (name, pixels)
+    "timm": (("maxvit_tiny_tf_224", 224), ("swin_tiny_patch4_window7_224", 224), ("mvitv2_small", 224)),
+    "torchvision": (("maxvit_t", 224), ("swin_t", 224)),
+}
+
+
+class Step(NamedTuple):
+    """A row of the summary."""
+
+    part: str
+    step: str
+    status: str  # "ok", "skipped" or "FAILED"
+    reason: str = ""  # or what was found
+    seconds: float = 0.0
+
+
+class Record:
+    """The results, on disk after every change."""
+
+    def __init__(self, path: Path, machine: dict[str, str]):
+        import report
+
+        self.path, self.report, self.lock = path, report, Lock()
+        self.results = report.load(path) if path.exists() else {"bandwidth": None, "rates": {}, "rows": []}
+        self.results |= {"machine": machine, "complete": False}
+        self.results.setdefault("steps", [])
+
+    def begin(self, part: str) -> None:
+        """Forget an earlier run of a part."""
+        self.results["steps"] = [step for step in self.results["steps"] if step["part"] != part]
+
+    def add(self, step: Step) -> None:
+        with self.lock:
+            self.results["steps"].append(step._asdict())
+            self.save()
+        print(f"{step.part}: {step.step}: {step.status} {step.reason}".rstrip(), file=sys.stderr, flush=True)
+
+    def merge(self, other: dict) -> None:
+        """Take rows and rates of a run of benchmarks/run.py; a row that was there is replaced."""
+        keys = ("case", "batch", "dtype", "mode", "contender")
+        with self.lock:
+            rows = {tuple(row[key] for key in keys): row for row in (*self.results["rows"], *other["rows"])}
+            self.results["rows"] = list(rows.values())
+            self.results["bandwidth"] = other.get("bandwidth") or self.results["bandwidth"]
+            self.results["rates"] |= other.get("rates", {})
+            self.save()
+
+    def save(self) -> None:
+        self.report.save(self.results, self.path)
+
+
+class Run(NamedTuple):
+    """What the parts share."""
+
+    record: Record
+    dry: bool  # on the CPU, as little as shows that everything is there
+    device: str  # "cuda" or "cpu"
+    capability: str  # "9.0", or nothing without a GPU
+
+
+STOPPED = Event()  # by an interrupt: whatever runs is to end
+
+
+def python(*arguments: str | Path) -> list[str]:
+    return [sys.executable, *map(str, arguments)]
+
+
+def together(function: Callable, jobs: Iterable, workers: int) -> None:
+    """Call ``function`` for every job, several at a time."""
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            list(pool.map(function, jobs))
+        except KeyboardInterrupt:
+            STOPPED.set()
+            raise
+
+
+def environment(**more: str) -> dict[str, str]:
+    """The package of this folder, without a Triton that interprets."""
+    found = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
+    }
+    found.pop("TRITON_INTERPRET", None)
+    return found | more
+
+
+def lines_of(command: list[str], until: float, **more: str) -> Iterator[str]:
+    """What a command prints, as it comes. Returns why it is not to be trusted, or nothing.
+
+    At ``until``, or on an interrupt, it gets SIGINT, then is killed.
+    """
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment(**more), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        bufsize=1, start_new_session=True,
+    )  # fmt: skip
+    late: list[bool] = []
+
+    def watch() -> None:
+        while process.poll() is None:
+            if time.monotonic() > until or STOPPED.is_set():
+                late.append(True)
+                return _end(process)
+            time.sleep(0.1)
+
+    Thread(target=watch, daemon=True).start()
+    last = ""
+    try:
+        for line in process.stdout:
+            last = line.strip() or last
+            yield line.rstrip("\n")
+        code = process.wait()
+    except BaseException:
+        _end(process)
+        raise
+    if late:
+        return "cut short"
+    if code < 0:
+        return f"died of {signal.Signals(-code).name}: {last}"
+    return f"exit status {code}: {last}" if code else ""
+
+
+def _end(process: subprocess.Popen) -> None:
+    """SIGINT to a process and its children, and if that does not help within 15 seconds SIGKILL."""
+    for number, patience in ((signal.SIGINT, 15), (signal.SIGKILL, 5)):
+        try:
+            os.killpg(process.pid, number)
+            process.wait(patience)
+            return
+        except ProcessLookupError:
+            return
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def every_line(command: list[str], until: float, see: Callable[[str], object], **more: str) -> str:
+    """Show ``see`` every line; returns why the command is not to be trusted, or nothing."""
+    lines = lines_of(command, until, **more)
+    while True:
+        try:
+            see(next(lines))
+        except StopIteration as end:
+            return end.value
+
+
+# the parts
+
+
+def build(run: Run, until: float) -> None:
+    """Both libraries, in place, for this GPU alone; a dry run only looks whether they are there."""
+    begun, tail = time.monotonic(), []
+    if not run.dry:
+        cuda = "1" if _nvcc() else "0"
+        if cuda == "0":
+            run.record.add(Step("build", "CUDA library", "skipped", "nvcc is neither on PATH nor in /usr/local/cuda"))
+        more = {"VITKERNELS_NATIVE": "1", "VITKERNELS_CUDA": cuda, "TORCH_CUDA_ARCH_LIST": run.capability}
+        why = every_line(python("setup.py", "-q", "build_ext", "--inplace"), until, tail.append, **more)
+        errors = [line.strip() for line in tail if re.search(r"\berror\b", line, re.I)]
+        if why:
+            run.record.add(Step("build", "libraries", "FAILED", (errors or [why])[0], time.monotonic() - begun))
+    found: list[str] = []
+    why = every_line(python("-m", "vitkernels", "info"), until, found.append)
+    backends = [" ".join(line.split()) for line in found if line.startswith("backend")]
+    spent = time.monotonic() - begun
+    if why or not backends:
+        run.record.add(Step("build", "vitkernels info", "FAILED", why or "it names no backend", spent))
+    for line in backends:
+        name, _, state = line.removeprefix("backend ").partition(" ")
+        status = "ok" if state.startswith("available") else "skipped"
+        run.record.add(Step("build", f"backend {name}", status, state, spent))
+
+
+def _nvcc() -> str | None:
+    folders = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
+    places = [shutil.which("nvcc"), *(shutil.which("nvcc", path=f"{folder}/bin") for folder in folders if folder)]
+    return next(filter(None, places), None)
+
+
+def tests(run: Run, until: float) -> None:
+    """Tests that are marked gpu, file by file, several at a time; then those of the Triton kernels, as time allows."""
+    listed: list[str] = []
+    collect = ["-m", "pytest", "-m", "gpu", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    why = every_line(python(*collect), until, listed.append)
+    files = list(dict.fromkeys(line.split("::")[0] for line in listed if "::" in line))
+    if why or not files:
+        run.record.add(Step("tests", "collection", "FAILED", why or "no test is marked gpu"))
+        return
+    jobs = [(file, "gpu") for file in files]
+    if not run.dry:
+        jobs += [(f"tests/test_{name}.py", "not gpu") for name in KERNEL_TESTS]
+    together(lambda job: _test_file(run, until, *job), jobs, max(1, (os.cpu_count() or 2) // 2))
+
+
+def _test_file(run: Run, until: float, file: str, mark: str) -> None:
+    begun, counts = time.monotonic(), {"passed": 0, "failed": 0, "error": 0, "skipped": 0}
+
+    def see(line: str) -> None:
+        if found := re.match(r"(\S+::.*?) (PASSED|FAILED|ERROR|SKIPPED)\b", line):
+            counts[found[2].lower()] += 1
+        elif found := re.match(r"(FAILED|ERROR) (\S+::.*?)(?: - (.*))?$", line):  # of the summary
+            run.record.add(Step("tests", found[2], "FAILED", found[3] or ""))
+
+    arguments = ["-m", "pytest", file, "-m", mark, "-v", "-rfE", "--tb=no", "-p", "no:cacheprovider"]
+    why = every_line(python(*arguments), until, see)
+    text = ", ".join(f"{count} {name}" for name, count in counts.items() if count) or "none ran"
+    failed = counts["failed"] or counts["error"] or (why and why != "cut short")
+    status = "FAILED" if failed else "ok" if counts["passed"] else "skipped"
+    step = f"{file}, {'marked gpu' if mark == 'gpu' else 'on CUDA tensors'}"
+    run.record.add(Step("tests", step, status, f"{text}; {why}" if why else text, time.monotonic() - begun))
+
+
+def _repeats(run: Run, part: str, until: float, times: int, batch: int, prefix: list[str] | None = None) -> None:
+    """Take the rows that a worker prints. Where a kernel ends the worker, another goes on behind it."""
+    from cases import EVERY_KERNEL
+
+    names, label = list(EVERY_KERNEL), f"{prefix[2]}: " if prefix else ""
+    while names and time.monotonic() < until:
+        others: list[str] = []
+
+        def see(line: str, others=others) -> None:
+            if line.startswith('{"step"'):
+                found = json.loads(line)
+                names.remove(found["step"])
+                run.record.add(Step(part, **found | {"step": label + found["step"]}))
+            elif line.strip():
+                others.append(line.strip())
+
+        arguments = ["--worker", "repeat", run.device, str(times), str(batch), *names]
+        why = every_line([*(prefix or []), *python(Path(__file__), *arguments)], until, see)
+        findings = [line.lstrip("= ") for line in others if re.match(r"=+ (Error|Invalid|Race|Uninit|ERROR)", line)]
+        if why and (findings or not names):  # a sanitizer's findings belong to some kernel before
+            run.record.add(Step(part, f"{label}findings", "FAILED", "; ".join([why, *findings[:3]])))
+            return
+        if not why:
+            return
+        if not why.startswith(f"exit status {LOST}:"):
+            run.record.add(Step(part, label + names.pop(0), "FAILED", why))
+
+
+def sanitize(run: Run, until: float) -> None:
+    """Every kernel once under compute-sanitizer, for memory errors and for races in shared memory."""
+    tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    if run.dry or tool is None:
+        why = "a dry run" if run.dry else "compute-sanitizer is neither on PATH nor in /usr/local/cuda/bin"
+        run.record.add(Step("sanitize", "memcheck and racecheck", "skipped", why))
+        return
+    options = ["--error-exitcode", "86", "--print-limit", "3"]
+    checks = ([tool, "--tool", check, *options] for check in ("memcheck", "racecheck"))
+    together(lambda prefix: _repeats(run, "sanitize", until, 1, 1, prefix), checks, 2)  # mostly the processor's time
+
+
+def repeat(run: Run, until: float) -> None:
+    """Output and gradients 1,000 times on one input, compared bit for bit."""
+    _repeats(run, "repeat", until, 2 if run.dry else REPEATS, 1 if run.dry else 8)
+
+
+def models(run: Run, until: float) -> None:
+    """Whole models of timm and torchvision as they are, which the fused ones are to be compared with."""
+
+    def see(line: str) -> None:
+        if line.startswith('{"step"'):
+            run.record.add(Step("models", **json.loads(line)))
+
+    if why := every_line(python(Path(__file__), "--worker", "models", run.device), until, see):
+        run.record.add(Step("models", "the rest", "FAILED", why))
+
+
+def sweep(run: Run, until: float) -> None:
+    """benchmarks/run.py against every baseline that is installed, most wanted layers first, those compiled last."""
+    import fnmatch
+
+    from cases import CASES
+
+    matching = (case.name for pattern in SWEEP for case in CASES if fnmatch.fnmatchcase(case.name, pattern))
+    names = list(dict.fromkeys(matching))
+    if run.dry:
+        _sweep(run, until, ["crossformer-s-224-stage4-sda"], "--batch", "1", "--seconds", "0", "--quick")
+        return
+    reserve = min(60.0, (until - time.monotonic()) / 3)
+    _sweep(run, until - reserve, names, "--no-compile", "--seconds", "0.1")
+    _sweep(run, until, list(COMPILED), "--compile", "--backend", "compile", "flex", "triton", "--seconds", "0.1")
+
+
+def _sweep(run: Run, until: float, names: list[str], *options: str) -> None:
+    """Where a case brings the process down, its row says so and the next process goes on behind it."""
+    begun, partial = time.monotonic(), run.record.path.with_suffix(".sweep.json")
+    label = "compiled contenders" if "--compile" in options else "layers"
+    done: set[str] = set()
+    while names and time.monotonic() < until:
+        partial.unlink(missing_ok=True)
+        command = python(HERE / "run.py", "--device", run.device, "--json", str(partial), "--case", *names, *options)
+
+        seen: list[float] = []
+
+        def see(_: str, seen=seen) -> None:
+            if partial.exists() and (changed := partial.stat().st_mtime) not in seen:
+                seen.append(changed)
+                run.record.merge(run.record.report.load(partial))
+
+        why = every_line(command, until, see)
+        see("")
+        rows = run.record.report.load(partial)["rows"] if partial.exists() else []
+        measured = {row["case"] for row in rows}
+        done |= measured
+        bad = sorted({row["case"] for row in rows if row["status"] == "FAILED"})
+        for case in bad:
+            reasons = {
+                row["contender"]: row["reason"] for row in rows if row["case"] == case and row["status"] == "FAILED"
+            }
+            run.record.add(Step("sweep", case, "FAILED", "; ".join(f"{who}: {what}" for who, what in reasons.items())))
+        left = [name for name in names if name not in measured]
+        if not why or why == "cut short" or why.startswith("exit status 1:"):
+            names = left if why == "cut short" else []
+            break
+        if why.startswith("exit status 2:"):
+            run.record.add(Step("sweep", label, "FAILED", why))
+            break
+        if not why.startswith(f"exit status {LOST}:") and left:  # nobody wrote down what happened to the next
+            run.record.add(Step("sweep", left[0], "FAILED", why))
+            left = left[1:]
+        names = left
+    partial.unlink(missing_ok=True)
+    text = f"{len(done)} measured" + (f", {len(names)} left for want of time" if names else "")
+    run.record.add(Step("sweep", label, "ok" if done else "FAILED", text, time.monotonic() - begun))
+
+
+# what runs in a process of its own, so that a fault takes nothing else with it
+
+
+def worker(part: str, device: str, *arguments: str) -> int:
+    """Print a row of JSON for every model or kernel."""
+    rows = _time_models(device) if part == "models" else _repeat_kernels(device, *arguments)
+    try:
+        for name, status, reason, seconds in rows:
+            found = {"step": name, "status": status, "reason": reason, "seconds": seconds}
+            print(json.dumps(found), flush=True)
+    except DeviceLost:
+        return LOST
+    return 0
+
+
+class DeviceLost(Exception):
+    """No call on the device succeeds any more."""
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+
+
+def _repeat_kernels(device: str, times: str, batch: str, *names: str) -> Iterator[tuple[str, str, str, float]]:
+    """Every kernel's output and gradients; whether all have the bits of the first."""
+    import torch
+    from cases import CASES
+    from run import alive
+    from workload import OURS
+
+    cases, repeats = {case.name: case for case in CASES}, int(times) - 1
+    for name in names:
+        begun, case = time.monotonic(), cases[name]
+        try:
+            workload = case.kind.random(case, int(batch), torch.device(device), torch.bfloat16)
+            contender = workload.build(OURS + (case.kind.gpu if device == "cuda" else "cpu"))
+            once = workload.forward if case.kind.modes == ("fwd",) else workload.full
+            first = _flat(once(contender))
+            differ = int(sum((_flat(once(contender)) != first).any().int() for _ in range(repeats)))
+            text = f"{differ} of {repeats} repeats differ" if differ else f"{times} times the same bits"
+            found = "FAILED" if differ else "ok", text if repeats else "ran"
+        except Exception as error:
+            found = "FAILED", _line(error)
+        yield name, *found, time.monotonic() - begun
+        if not alive(torch.device(device)):
+            raise DeviceLost
+
+
+def _flat(tensors: object):
+    """All elements as bits, so that NaN equals NaN."""
+    import torch
+
+    tensors = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
+    return torch.cat([x.detach().contiguous().view(torch.uint8).flatten() for x in tensors])
+
+
+def _time_models(device: str) -> Iterator[tuple[str, str, str, float]]:
+    """Images per second of inference and of a training step, bfloat16 by autocast on a GPU."""
+    import measure
+    import torch
+
+    where = torch.device(device)
+    batch, seconds = (64, 0.5) if device == "cuda" else (1, 0.0)
+    for library, names in MODELS.items():
+        for name, pixels in names if device == "cuda" else names[:1]:
+            begun = time.monotonic()
+            try:
+                module = importlib.import_module(library)
+                make = module.create_model if library == "timm" else getattr(module.models, name)
+                model = (make(name) if library == "timm" else make()).to(where)
+                images = torch.randn(batch, 3, pixels, pixels, device=where)
+
+                def infer(model=model, images=images):
+                    with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+                        model.eval()(images)
+
+                def train(model=model, images=images):
+                    with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+                        loss = model.train()(images).square().mean()
+                    loss.backward()
+                    model.zero_grad(set_to_none=True)
+
+                rates = []
+                for call in (infer, train):
+                    times = measure.interleave({"": call}, where, seconds)[""]
+                    rates.append(batch / (measure.percentile(times, 50) * 1e-3))
+                text = f"{rates[0]:.0f} images/s inference, {rates[1]:.0f} training, batch {batch}, eager, as it comes"
+                yield f"{library} {name}", "ok", text, time.monotonic() - begun
+            except ModuleNotFoundError as error:
+                yield f"{library} {name}", "skipped", f"no module {error.name}", time.monotonic() - begun
+            except Exception as error:
+                yield f"{library} {name}", "skipped", _line(error), time.monotonic() - begun
+
+
+def results_path(device: str, folder: Path) -> Path:
+    import torch
+
+    name = torch.cuda.get_device_name() if device == "cuda" else "dry-run"
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return folder / slug / f"{datetime.date.today().isoformat()}.json"
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="benchmarks/gpu.sh",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="parts:\n" + "\n".join(f"  {name:<9} {globals()[name].__doc__.splitlines()[0]}" for name in PARTS),
+    )
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help="a share of it")
+    parser.add_argument("--minutes", type=float, default=8.7, help="for everything that is asked for (8.7)")
+    parser.add_argument("--dry-run", action="store_true", help="walk through it on the CPU, without measuring anything")
+    parser.add_argument("--out", type=Path, default=HERE / "results", metavar="FOLDER", help="benchmarks/results")
+    parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    sys.path.insert(0, str(ROOT))  # before an installed package
+    for name in ("torch", "einops"):
+        if importlib.util.find_spec(name) is None:
+            print(f"benchmarks/gpu.sh: {sys.executable} has no {name}; PYTHON=... names another", file=sys.stderr)
+            return 2
+    if args.worker:
+        return worker(*args.worker)
+    import measure
+    import report
+    import torch
+    from run import no_gpu
+
+    if not args.dry_run and (why := no_gpu()):
+        print(f"benchmarks/gpu.sh: {why}; --dry-run walks through it on the CPU", file=sys.stderr)
+        return 2
+    device = "cpu" if args.dry_run else "cuda"
+    capability = "" if args.dry_run else "{}.{}".format(*torch.cuda.get_device_capability())
+    record = Record(results_path(device, args.out), measure.machine(torch.device(device)))
+    run, status = Run(record, args.dry_run, device, capability), 0
+    print(f"results: {record.path}", file=sys.stderr)
+    if "build" in args.part and not args.dry_run and _nvcc() is None:
+        print("no nvcc, neither on PATH nor in /usr/local/cuda: the CUDA library is left out", file=sys.stderr)
+    end = time.monotonic() + 60 * args.minutes
+    asked = [name for name in PARTS if name in args.part]
+    try:
+        for i, name in enumerate(asked):
+            record.begin(name)
+            share = PARTS[name] / sum(PARTS[other] for other in asked[i:])
+            begun = time.monotonic()
+            try:
+                globals()[name](run, begun + share * (end - begun))
+            except Exception as error:  # of this file: the other parts go on
+                record.add(Step(name, name, "FAILED", f"{type(error).__name__}: {error}"))
+        record.results["complete"] = True
+    except KeyboardInterrupt:
+        status = 130
+    record.save()
+    print(report.summary(record.results))
+    return status or int(any(step["status"] == "FAILED" for step in record.results["steps"]))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
