@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BENCH ?=
+GPU ?=
 TEST ?=
 
 # "system", "active" or nothing: where the Python in use finds a torch
@@ -16,12 +17,14 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/installed
 endif
 
-.PHONY: help install test bench demo lint format clean
+.PHONY: help install test bench demo gpu kernels performance lint format clean
 
 help:
 	@echo "make test    set up once, run the tests        TEST='-k streaming' passes arguments to pytest"
 	@echo "make bench   set up once, run the benchmark    BENCH='--quick' is a short one, BENCH='--help' lists its options"
 	@echo "make demo    set up once, draw photo.png: a photograph, its groups, where one token attends"
+	@echo "make gpu     set up once, everything that needs a GPU       GPU='--part sweep' is a share, GPU='--help' lists them"
+	@echo "make kernels, make performance     write docs/kernels.md, and the tables of README.md and docs/performance.md"
 	@echo "make lint    ruff, as continuous integration runs it; make format applies it"
 	@echo "make clean   remove the environment and everything built"
 
@@ -45,6 +48,15 @@ bench: install
 
 demo: install
 	$(RUN) examples/photo.py
+
+gpu: install
+	PYTHON=$(RUN) benchmarks/gpu.sh $(GPU)
+
+kernels: install
+	$(RUN) benchmarks/kernel_report.py --write
+
+performance: install
+	$(RUN) benchmarks/performance.py
 
 lint: install
 	$(RUN) -m ruff check .

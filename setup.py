@@ -102,7 +102,7 @@ class BuildNative(build_ext):
         flags += ["-Xlinker", "--no-as-needed", *(f"-l{name}" for name in extension.libraries)]
         compiler = nvcc()
         try:
-            self.spawn([*self.compiler.linker_so_cxx, named, "-o", str(stand_in)])
+            self.spawn([*getattr(self.compiler, "linker_so_cxx", self.compiler.linker_so), named, "-o", str(stand_in)])
             self.spawn([compiler, *CUDA_FLAGS, gpus(compiler), *extension.sources, *flags, "-o", str(target)])
         except Exception as error:
             raise CompileError(f"{extension.name} was not built: {error}") from error

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import importlib.util
 import itertools
 import json
 import os
@@ -50,8 +51,12 @@ class Chip(NamedTuple):
         return self.gbps / self.ghz / self.processors
 
     def resident(self, warps: int, registers: int, shared: int, tensor_memory: int = 0) -> int:
-        """Blocks that a multiprocessor holds. Registers come by 8 for a thread, tensor memory has 512 columns."""
-        limits = [self.blocks, self.warps // warps, 65536 // (warps * sass.LANES * -(-registers // 8) * 8)]
+        """Blocks that a multiprocessor holds.
+
+        Registers come by 8 for a thread, from 16,384 of each quarter; tensor memory has 512 columns.
+        """
+        by_registers = 4 * (16384 // (sass.LANES * -(-registers // 8) * 8))  # warps
+        limits = [self.blocks, self.warps // warps, by_registers // warps]
         limits.append(self.shared * 1024 // (shared + 1024))
         return min(limits + ([512 // tensor_memory] if tensor_memory else []))
 
@@ -82,7 +87,6 @@ class Kernel(NamedTuple):
     matrix: str
     loads: str
     clocks: dict[str, int]  # a trip through the hot loop, by unit, of a multiprocessor that did nothing else
-    one_layout: bool = False  # whether loads and stores of a tile of 64 x 64 pairs are of one layout
 
     @property
     def limit(self) -> str:
@@ -130,7 +134,6 @@ def triton_kernels(capability: int, names: Iterable[str]) -> list[Kernel]:
                 launch = dict(registers=taken["REG"], spilled=taken["STACK"], shared=metadata.shared)
                 launch["tensor_memory"] = getattr(metadata, "tmem_size", 0)
                 row = kernel(case, metadata.name.strip("_"), CHIPS[capability], code, about.padding, **launch)
-                row = row._replace(one_layout=_one_layout(compiled.asm["ttgir"]))
                 before = found.get((case, row.name))
                 if before is None or (row.spilled, row.registers) > (before.spilled, before.registers):
                     found[case, row.name] = row
@@ -141,14 +144,6 @@ def _products(ttgir: str) -> list[int]:
     """Multiply-adds of every tcgen05 product."""
     shapes = re.findall(r"tc_gen5_mma .*? : !ttg\.memdesc<(\d+)x(\d+)x\w+,.*?!ttg\.memdesc<(\d+)x(\d+)x", ttgir)
     return [int(m) * int(k) * int(n) for m, k, _, n in shapes]
-
-
-def _one_layout(ttgir: str) -> bool:
-    """Whether a thread stores only elements of its 64 x 64 tile that it loads: the pointers are the same."""
-    loads, stores = (
-        set(re.findall(rf"tt\.{access} (%\w+).*64x64x!tt\.ptr<f32>", ttgir)) for access in ("load", "store")
-    )
-    return bool(stores) and stores <= loads
 
 
 DTYPES = {"fp32": ("If", 4), "fp16": ("I6__half", 2), "bf16": ("I13__nv_bfloat16", 2)}  # in a kernel's name, bytes
@@ -162,10 +157,8 @@ int main(int, char** a) {
 
 
 def _cuda_library() -> Path | None:
-    from vitkernels import _native
-
-    found = _native._find("_CUDA")
-    return None if found is None else Path(found)
+    found = importlib.util.find_spec("vitkernels._CUDA")
+    return None if found is None else Path(found.origin)
 
 
 def _compiler_of(library: Path) -> str:
@@ -235,7 +228,8 @@ has drifted.
 - **matrix** instructions that a warp issues, and global **loads** (count x bytes of a lane), of the hot loop: the
   innermost loop with most matrix instructions, without any that with most instructions, else the whole kernel.
 - **memory**, **matrix**, **exp2**, **ALU**: clocks that a trip through the hot loop of one block takes a multiprocessor
-  in each of these units alone. memory: all bytes that lanes ask for or write, at the board's bandwidth, so that what a
+  in each of these units alone. matrix: at the rate of the chip's best instructions, which on sm_90 mma.sync does not
+  reach. memory: all bytes that lanes ask for or write, at the board's bandwidth, so that what a
   cache serves counts too (rows read twice; the bias gradient's tile, which the 49-token backward kernel adds to); lanes
   beyond the group or the head do not. ALU: the longest of the pipe of float32 multiply-adds, of all other arithmetic,
   and of issuing. **limit**: the longest; the closer the next, the better the two must overlap.

@@ -39,11 +39,11 @@ def timer(device: torch.device) -> Callable[[Callable], float]:
 
         return wall
 
-    flush = torch.empty(2 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.uint8, device=device)
+    flush = torch.zeros(torch.cuda.get_device_properties(device).L2_cache_size // 2, device=device)  # twice the cache
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def events(call: Callable) -> float:
-        flush.zero_()
+        flush.sum()  # reading leaves nothing that is to be written back while the call runs
         start.record()
         call()
         end.record()
@@ -98,11 +98,12 @@ def launches(call: Callable, device: torch.device) -> int | None:
         return None
 
 
-def _count_launches(call: Callable, device: torch.device) -> int:
+def _count_launches(call: Callable, device: torch.device) -> int | None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         call()
         torch.cuda.synchronize(device)
-    return sum(event.count for event in profile.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA)
+    kernels = (event for event in profile.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA)
+    return sum(event.count for event in kernels) or None
 
 
 def replay(call: Callable, device: torch.device) -> float | None:
@@ -113,14 +114,17 @@ def replay(call: Callable, device: torch.device) -> float | None:
     """
     if device.type != "cuda":
         return None
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
+    current, stream = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    stream.wait_stream(current)
     with torch.cuda.stream(stream):
         call()
-    torch.cuda.current_stream(device).wait_stream(stream)
+    current.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
+    try:
+        with torch.cuda.graph(graph):
+            call()
+    finally:
+        torch.cuda.set_stream(current)  # a capture that fails may leave its own
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     times = []
     for _ in range(AT_LEAST):

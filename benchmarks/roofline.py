@@ -147,7 +147,7 @@ def of_pooling(case: pooled_attention.Case, batch: int, size: int, mode: str) ->
     bytes = moved(3 * case.tokens * row + _pools(case), written, mode) - handed_on * (2 if mode == "fwd" else 1)
     pooled = case.strides if case.pools_queries else case.strides[1:]
     taps = sum(math.prod(map(_taps, case.thw, stride)) for stride in pooled)
-    convolutions = {"fwd": 1, "bwd": 3}[mode]  # again, and the gradients of its input and of its weight
+    convolutions = {"fwd": 1, "bwd": 2}[mode]  # the gradients of its input and of its weight
     return Work(bytes, 0, convolutions * 2 * batch * case.dim * taps)
 
 

@@ -152,10 +152,11 @@ class Code:
         """Bytes of a block that are asked for and not yet waited for: at most, and on average while it computes.
 
         A load into registers is waited for where one of them is named next, a copy to shared memory where its group
-        is. The loop is gone through twice, so that loads for the next trip count.
+        is. The loop is gone through three times, and the last counts: then rows for later trips are on their way.
         """
         most, behind, loads, groups = 0, [], [], [0]  # (registers, bytes); bytes of groups of copies, the open one last
-        for _ in range(2 if self.hot is not self.code else 1):
+        for _ in range(3 if self.hot is not self.code else 1):
+            behind.clear()
             for x in self.hot:
                 loads = [load for load in loads if not load[0] & x.registers]
                 if x.kind == "LDG":

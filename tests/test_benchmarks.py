@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib
 import json
+import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +36,7 @@ PARTITIONS = {
 
 MVIT = ("v1-b-16x4-block0", "v1-b-16x4-block3", "v2-s-224-stage1", "v2-s-224-stage3-first", "v2-s-224-stage4")
 KINDS = ("pool", "attend", "both")
+PLAIN = ("eager", "eager-unbind", "sdpa")  # what needs no GPU, no other library and no compiler
 
 
 @pytest.fixture
@@ -42,7 +44,7 @@ def bench(monkeypatch):
     """The modules of benchmarks/, which run as scripts."""
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
     kinds = ("partition_attention", "cluster_attention", "pooled_attention")
-    names = ("workload", *kinds, "cases", "measure", "report", "run")
+    names = ("workload", "libraries", *kinds, "cases", "measure", "roofline", "report", "performance", "run")
     return SimpleNamespace(**{name: importlib.import_module(name) for name in names})
 
 
@@ -80,6 +82,7 @@ def with_cases(bench, monkeypatch, *cases):
     monkeypatch.setattr(bench.run, "CASES", cases)
     monkeypatch.setattr(bench.run, "QUICK", ("*",))
     monkeypatch.setattr(bench.measure, "copy_bandwidth", lambda device, size: 1e9)
+    monkeypatch.setattr(bench.measure, "matmul_rate", lambda device, dtype, size: 1e30)  # all floors are memory's
     return bench
 
 
@@ -90,7 +93,7 @@ def start(bench, folder: Path, *arguments: str) -> tuple[int, dict]:
     return status, json.loads(path.read_text())
 
 
-@pytest.mark.parametrize("name", ["eager", "eager-unbind", "sdpa"])
+@pytest.mark.parametrize("name", PLAIN)
 @pytest.mark.parametrize("height, width, partition", PARTITIONS.values(), ids=PARTITIONS)
 def test_baseline_equals_reference(bench, name, height, width, partition):
     partition = partition.on(height, width)
@@ -103,6 +106,8 @@ def test_baseline_equals_reference(bench, name, height, width, partition):
     torch.testing.assert_close(found, expected)
     dout = torch.randn_like(expected)
     torch.testing.assert_close(*(torch.autograd.grad(out, (qkv, table), dout) for out in (found, expected)))
+    without = partition_attention_qkvpacked(qkv, partition, None, backend="reference")
+    torch.testing.assert_close(bench.partition_attention.BASELINES[name](grouping)(qkv, None), without)
 
 
 @pytest.mark.parametrize("height, width, partition", PARTITIONS.values(), ids=PARTITIONS)
@@ -142,7 +147,8 @@ def test_cases_are_layers_of_the_models(bench):
         index = case.partition.index(case.height, case.width)
         tokens = index[index >= 0].sort().values
         assert torch.equal(tokens, torch.arange(case.height * case.width)), case.name
-        assert case.bias == ("dpb" if case.name.startswith("crossformer") else "table")
+        kind = case.name.split("-")[0]
+        assert case.bias == {"crossformer": "dpb", "crossformer++": "dpb", "plain": "none"}.get(kind, "table")
     lda = cases["crossformer-s-224-stage1-lda"]
     assert (lda.height, lda.width, lda.dim) == (56, 56, 96)
     assert (lda.partition.group, lda.partition.interval) == ((7, 7), (8, 8))
@@ -213,6 +219,7 @@ def test_quick_run_writes_json_and_csv(tiny, tmp_path, capsys):
         tensors = {"fwd": 4, "full": 11}[row["mode"]]
         assert row["gbps"] == pytest.approx(tensors * 2 * 6 * 7 * 2 * 8 * 4 / row["ms"] / 1e6)
         assert row["floor"] == pytest.approx(row["gbps"])  # the copy bandwidth here is 1 GB/s
+        assert row["bound"] == "memory" and row["floor_ms"] == pytest.approx(row["floor"] * row["ms"])
     assert rows[0]["speedup"] == 1
     assert {"cpu", "threads", "torch", "commit", "date"} <= results["machine"].keys()
     with table.open() as file:
@@ -292,7 +299,7 @@ def test_cluster_baseline_equals_reference(bench, name):
 def test_gate_accepts_every_cluster_baseline(bench, kind, dtype):
     workload = cluster_workload(bench, kind, dtype)
     objection_to = workload.gate(gradients=True)
-    for name in workload.baselines.keys() - {"compile"}:
+    for name in workload.baselines.keys() & set(PLAIN):
         assert objection_to(workload.build(name)) is None, name
 
 
@@ -365,7 +372,7 @@ def test_mvit_baseline_equals_reference(bench, layer, kind):
     workload = mvit_workload(bench, layer, kind, torch.float64).double()
     expected = workload.tensors(workload.build("vitkernels-reference"), gradients=True)
     assert len(expected) == {"pool": 6, "attend": 4, "both": 4}[kind] + (layer.startswith("v2") and kind != "pool")
-    for name in workload.baselines.keys() - {"compile"}:
+    for name in workload.baselines.keys() & set(PLAIN):
         torch.testing.assert_close(workload.tensors(workload.build(name), gradients=True), expected)
 
 
@@ -375,7 +382,7 @@ def test_mvit_baseline_equals_reference(bench, layer, kind):
 def test_gate_accepts_every_mvit_baseline(bench, layer, kind, dtype):
     workload = mvit_workload(bench, layer, kind, dtype)
     objection_to = workload.gate(gradients=True)
-    for name in workload.baselines.keys() - {"compile"}:
+    for name in workload.baselines.keys() & set(PLAIN):
         assert objection_to(workload.build(name)) is None, name
 
 
@@ -439,7 +446,7 @@ WRONG_MVIT = {
 def test_gate_refuses_wrong_pooling_and_wrong_pooled_attention(bench, layer, kind, spoil, reason):
     workload = mvit_workload(bench, layer, kind)
     objection_to = workload.gate(gradients=True)
-    for name in ("vitkernels-reference", *(workload.baselines.keys() - {"compile"})):
+    for name in ("vitkernels-reference", *(workload.baselines.keys() & set(PLAIN))):
         contender = workload.build(name)
         assert objection_to(contender) is None
         right = getattr(contender, kind)
@@ -488,16 +495,22 @@ def test_gate_lets_few_tokens_change_their_leaf(bench):
 
 def test_a_case_has_the_contenders_and_passes_of_its_operator(bench, capsys):
     args = bench.run.parse(["--device", "cpu"])
-    args.device = "cuda"
+    args.device, args.compile = "cuda", True
     names = {case.name: bench.run.contenders(case, args) for case in bench.cases.CASES}
-    baselines = ["eager", "eager-unbind", "sdpa", "compile"]
-    assert names["swin-t-224-stage1-shifted"] == [*baselines, "flex", "vitkernels-triton"]
+    libraries = ["sdpa", "sdpa-flash", "sdpa-efficient", "sdpa-cudnn", "xformers", "flash-attn"]
+    baselines = ["eager", "eager-unbind", *libraries, "compile"]
+    assert names["swin-t-224-stage1-shifted"] == [*baselines, "flex", "natten", "vitkernels-triton"]
     assert names["boat-swin-t-224-stage1-cluster"] == ["eager", "eager-unbind", "compile", "vitkernels-cuda"]
     for kind in ("attend", "both"):
         assert names[f"boat-swin-t-224-stage1-{kind}"] == [*baselines, "vitkernels-triton"]
     assert names["mvitv2-s-224-stage1-pool"] == ["eager", "eager-unbind", "compile", "vitkernels-triton"]
-    assert names["mvitv2-s-224-stage1-attend"] == ["eager", "sdpa", "compile", "vitkernels-triton"]
+    assert names["mvitv2-s-224-stage1-attend"] == ["eager", *libraries, "compile", "vitkernels-triton"]
     assert names["mvitv1-b-16x4-block0-both"] == [*baselines, "vitkernels-triton"]
+    args.compile = False
+    found = bench.run.contenders(next(case for case in bench.cases.CASES if case.name.startswith("swin")), args)
+    assert found == [*baselines[:-1], "natten", "vitkernels-triton"]
+    args.device = "cpu"
+    assert bench.run.contenders(bench.cases.CASES[0], args) == [*PLAIN, "vitkernels-cpu"]
     assert bench.run.main(["--case", "boat-*-cluster", "--mode", "bwd"]) == 2
     assert "bwd" in capsys.readouterr().err
 
@@ -510,6 +523,111 @@ def test_a_baseline_that_cannot_run_is_skipped_with_its_reason(tiny, tmp_path, m
     status, results = start(tiny, tmp_path, "--backend", "sdpa", "--mode", "fwd")
     assert status == 0 and results["rows"][1]["status"] == "skipped"
     assert "skipped: NotImplementedError: not on this machine" in capsys.readouterr().out
+
+
+def test_too_little_memory_is_a_row(tiny, tmp_path, monkeypatch):
+    """For inputs and reference, and for a contender."""
+
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB\nand more")
+
+    workload = tiny.partition_attention.Workload
+    with monkeypatch.context() as patch:
+        patch.setattr(workload, "random", full)
+        status, results = start(tiny, tmp_path, "--backend", "sdpa")
+    rows = results["rows"]
+    assert status == 0 and results["complete"] and len(rows) == 4 and {row["status"] for row in rows} == {"skipped"}
+    assert rows[0]["reason"] == "OutOfMemoryError: CUDA out of memory. Tried to allocate 1 GiB"
+    monkeypatch.setattr(tiny.partition_attention, "vitkernels_on", lambda backend, case: full)
+    monkeypatch.setattr(workload, "gate", lambda self, gradients: lambda contender: None)
+    status, results = start(tiny, tmp_path, "--backend", "cpu")
+    assert status == 0 and [row["status"] for row in results["rows"]] == ["ok", "skipped"] * 2
+
+
+def test_a_lost_device_ends_the_run(tiny, tmp_path, monkeypatch, capsys):
+    cases = (tiny.run.CASES[0], replace(tiny.run.CASES[0], name="second"))
+    with_cases(tiny, monkeypatch, *cases)
+    monkeypatch.setattr(tiny.run, "alive", lambda device: False)
+    status, results = start(tiny, tmp_path, "--backend", "eager")
+    assert status == tiny.run.LOST and not results["complete"]
+    assert {row["case"] for row in results["rows"]} == {"tiny"}
+    assert "stopped answering at tiny" in capsys.readouterr().err
+
+
+def test_a_fault_while_timing_is_a_row(tiny, tmp_path, monkeypatch):
+    def fault(*args):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(tiny.measure, "interleave", fault)
+    status, results = start(tiny, tmp_path, "--backend", "reference")
+    assert status == 1 and len(results["rows"]) == 4
+    assert {row["contender"]: row["status"] for row in results["rows"]}["vitkernels-reference"] == "FAILED"
+    assert all("illegal memory access" in row["reason"] and "ms" not in row for row in results["rows"])
+
+
+def test_cases_come_in_the_order_asked_for(bench, capsys):
+    patterns = ["plain-56x56-dilated", "mvitv2-s-224-stage4-pool", "plain-*"]
+    assert bench.run.main(["--list", "--case", *patterns]) == 0
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert listed == ["plain-56x56-dilated", "mvitv2-s-224-stage4-pool", "plain-56x56-window"]
+
+
+class _Windows:
+    """Stands for NATTEN where windows are as far apart as they are wide, or one window is all of a dilated group."""
+
+    @staticmethod
+    def na2d(q, k, v, kernel_size, stride, dilation):
+        assert stride == kernel_size
+        qkv = torch.stack((q, k, v), 3)
+        return partition_attention_qkvpacked(qkv, Partition(kernel_size, dilation), backend="reference")
+
+
+def _attention_of_tokens(q, k, v, attn_bias=None):
+    """Stands for xformers and flash-attn: ``[B, N, heads, head_dim]``."""
+    if attn_bias is not None:
+        assert attn_bias.shape == (*q.shape[:1], q.shape[2], q.shape[1], k.shape[1]) and attn_bias.stride(-2) % 8 == 0
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=attn_bias).transpose(1, 2)
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Stand-ins for libraries that need a GPU."""
+    ops = SimpleNamespace(memory_efficient_attention=_attention_of_tokens)
+    flash = SimpleNamespace(flash_attn_func=_attention_of_tokens)
+    modules = {"xformers": SimpleNamespace(ops=ops), "xformers.ops": ops, "flash_attn": flash}
+    for name, module in {**modules, "natten": SimpleNamespace(), "natten.functional": _Windows}.items():
+        monkeypatch.setitem(sys.modules, name, module)
+
+
+@pytest.mark.parametrize("name", ["xformers", "flash-attn", "natten"])
+def test_other_libraries_get_what_they_expect(bench, installed, name):
+    qkv = torch.randn(2, 16, 12, 3, 2, 8, dtype=torch.float64)
+    table = torch.randn(2, 7, 7, dtype=torch.float64)
+    for partition in (Partition.window(4), Partition.long(4, 2), Partition.window(4, 2), Partition.window(5)):
+        grouping = bench.partition_attention.Grouping(partition, 16, 12, qkv.device, qkv.dtype)
+        for bias in (None, table if partition.group == (4, 4) else None):
+            refuses = grouping.mask is not None or bias is not None
+            if name != "xformers" and refuses:
+                with pytest.raises(NotImplementedError):
+                    bench.partition_attention.BASELINES[name](grouping)(qkv, bias)
+                continue
+            found = bench.partition_attention.BASELINES[name](grouping)(qkv, bias)
+            expected = partition_attention_qkvpacked(qkv, partition, bias, backend="reference")
+            torch.testing.assert_close(found, expected)
+    if name != "natten":
+        attend = cluster_workload(bench, "attend", torch.float64)
+        expected = attend.output(attend.build("vitkernels-reference"))
+        torch.testing.assert_close(attend.output(attend.build(name)), expected)
+        video = mvit_workload(bench, "v1-b-16x4-block0", "attend", torch.float64).double()
+        expected = video.output(video.build("vitkernels-reference"))
+        torch.testing.assert_close(video.output(video.build(name)), expected)
+
+
+def test_a_library_that_is_not_installed_is_a_row(tiny, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "xformers.ops", None)
+    status, results = start(tiny, tmp_path, "--backend", "xformers", "--mode", "fwd")
+    assert status == 0 and results["rows"][1]["status"] == "skipped" and "xformers" in results["rows"][1]["reason"]
 
 
 def test_interrupt_keeps_what_was_measured(tiny, tmp_path, monkeypatch, capsys):
@@ -593,3 +711,62 @@ def test_report_reads_back_what_run_wrote(bench, tmp_path, capsys):
     path.write_text("[]")
     with pytest.raises(ValueError, match="expected the keys"):
         bench.report.load(path)
+
+
+def test_summary_shows_steps_and_the_best_of_both_sides(bench):
+    rows = (
+        {"contender": "eager", "ms": 4.0, "speedup": 1.0},
+        {"contender": "sdpa", "ms": 2.0},
+        {"contender": "sdpa-flash", "status": "skipped", "reason": "takes no bias"},
+        {"contender": "vitkernels-triton", "ms": 1.0, "speedup": 4.0, "floor": 0.5},
+    )
+    step = {"part": "sanitize", "step": "memcheck: a", "status": "FAILED", "reason": "what", "seconds": 2.0}
+    printed = bench.report.summary(results_of(*rows) | {"steps": [step]})
+    assert "sanitize  memcheck: a  FAILED  2        what" in printed
+    words = printed.splitlines()[-1].split()
+    assert words == ["c", "fwd", "1", "float32", "4.00", "2.00", "sdpa", "1.00", "4.00x", "2.00x", "50", "%"]
+
+
+def test_documents_have_not_drifted(bench):
+    for path in bench.performance.DOCUMENTS:
+        text = path.read_text()
+        assert bench.performance.BLOCK.search(text), f"{path.name} has no block"
+        assert bench.performance.filled(text) == text, f"{path.name}: `make performance` writes it again"
+
+
+@pytest.fixture
+def committed(bench, monkeypatch, tmp_path):
+    """A folder of results, of a CPU."""
+    monkeypatch.setattr(bench.performance, "RESULTS", tmp_path)
+    machine = {"device": "CPU", "cpu": "x", "threads": "2", "torch": "2", "commit": "abc", "date": "today"}
+    rows = [{"contender": name, "ms": ms} for name, ms in (("eager", 2.0), ("sdpa", 3.0), ("vitkernels-cpu", 1.0))]
+    results = results_of(*rows) | {"machine": machine, "rates": {"float32": 1e9}}
+    bench.report.save(results, tmp_path / "cpu" / "a.json")
+    return results
+
+
+def test_blocks_are_written_from_results(bench, committed):
+    layers = "<!-- layers cpu/a.json\nc = Name\nd = Other\n-->\n<!-- end -->"
+    text = f"before\n<!-- results cpu/a.json c* -->\nold\n<!-- end -->\nafter {layers}"
+    found = bench.performance.filled(text)
+    assert found == bench.performance.filled(found) and "old" not in found and found.startswith("before\n<!-- results")
+    assert "`benchmarks/results/cpu/a.json`: x, 2 threads, torch 2, commit abc, today" in found
+    row = next(line for line in found.splitlines() if line.startswith("| Name"))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[:8] == ["Name", "1", "forward", "2.00", "2.00", "1.00", bench.report.NOT_MEASURED, "2.00x"]
+    other = next(line for line in found.splitlines() if line.startswith("| Other"))
+    assert other.count(bench.report.NOT_MEASURED) == 8
+
+
+def test_gpus_are_not_yet_measured_until_they_are(bench, committed, tmp_path):
+    text = "<!-- gpu -->\n<!-- end -->"
+    found = bench.performance.filled(text)
+    lines = [line for line in found.splitlines() if line.startswith("| ") and "layer" not in line]
+    assert len(lines) == sum(2 if "full" in case.kind.modes else 1 for case in bench.cases.CASES)
+    assert all(line.count(bench.report.NOT_MEASURED) == 3 for line in lines)
+    machine = committed["machine"] | {"device": "H", "driver": "1", "triton": "3"}
+    for day, ms in (("1", 5.0), ("2", 7.0)):
+        rows = [row | {"ms": ms} for row in committed["rows"]]
+        bench.report.save(committed | {"machine": machine, "rows": rows}, tmp_path / "h" / f"{day}.json")
+    found = bench.performance.filled(text)
+    assert "h/2.json" in found and "7.00" in found and "5.00" not in found and "driver 1" in found

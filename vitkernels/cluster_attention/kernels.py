@@ -141,7 +141,7 @@ def _forward_settings(call: Call) -> dict[str, int]:
 def _backward_settings(call: Call) -> dict[str, int]:
     """Tiles, warps and, where it buys resident blocks, a limit of registers.
 
-    Chosen by what the compiler makes of the kernel for each chip (tests/test_ahead_of_time.py). Where tensor cores take
+    Chosen by what the compiler makes of the kernel for each chip (docs/kernels.md). Where tensor cores take
     operands from shared memory, a leaf is one tile of queries and both leaves are unrolled. Elsewhere operands fill
     the registers, and queries come in parts: of 16, or of 32 where that still fits.
     """

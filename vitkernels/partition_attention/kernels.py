@@ -83,11 +83,10 @@ def _own_tile(bias, BLOCK: tl.constexpr):  # [M, N]
 
 
 @triton.jit
-def _add_to_tile(p_tile, value, FENCED: tl.constexpr):  # [M, N]
-    """Add to this program's own tile. Loads and stores need not have one layout: then other threads wait."""
+def _add_to_tile(p_tile, value):  # [M, N]
+    """Add to this program's own tile. Loads and stores need not have one layout: all threads wait."""
     tl.store(p_tile, tl.load(p_tile) + value)
-    if FENCED:
-        tl.debug_barrier()
+    tl.debug_barrier()
 
 
 @triton.jit
@@ -132,7 +131,7 @@ def _partition_attention_forward(
 @triton.jit
 def _partition_attention_backward(
     dout, q, k, v, dqkv, bias, geometry, heads, tasks, scale,
-    HELD: tl.constexpr, FENCED: tl.constexpr, BLOCK: tl.constexpr, SPEC: tl.constexpr,
+    HELD: tl.constexpr, BLOCK: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
     """One tile per group. A program sums the bias gradient of its groups in its own tile.
 
@@ -166,7 +165,7 @@ def _partition_attention_backward(
             if HELD:
                 b_dbias += dlogits
             else:
-                _add_to_tile(_own_tile(bias, BLOCK), dlogits, FENCED)
+                _add_to_tile(_own_tile(bias, BLOCK), dlogits)
         dlogits = tl.cast(dlogits, b_q.dtype)
         b_dk = matmul(tl.trans(dlogits), b_q, SPEC.PRECISION) * scale
         store_rows(dqkv, image, head, tokens, b_dk, SPEC, heads * SPEC.D)
@@ -203,8 +202,8 @@ def _tile(tokens: int) -> int:
     return max(16, triton.next_power_of_2(tokens))
 
 
-def _settings(kernel, call: Call, inline: bool) -> dict[str, int]:
-    """Warps, pipeline stages, a limit of registers where it buys resident blocks; HELD and FENCED for the backward.
+def _settings(kernel, call: Call) -> dict[str, int]:
+    """Warps, pipeline stages, a limit of registers where it buys resident blocks; HELD for the backward.
 
     docs/kernels.md shows what the compiler makes of them for each chip; no GPU has timed them yet.
     """
@@ -212,7 +211,7 @@ def _settings(kernel, call: Call, inline: bool) -> dict[str, int]:
     half, head_dim, backward = x.element_size() == 2, x.shape[-1], kernel is _partition_attention_backward
     narrow = head_dim <= 32 and half
     if INTERPRETED:
-        return {"HELD": narrow, "FENCED": True} if backward else {}
+        return {"HELD": narrow} if backward else {}
     arch = capability(x.device)
     roomy = arch in (80, 90, 100)  # more than 100 KiB of shared memory
     plain = not geometry.shifted.value and not geometry.ragged.value
@@ -221,11 +220,8 @@ def _settings(kernel, call: Call, inline: bool) -> dict[str, int]:
     settings = {"num_warps": 8 if heavy and tile == 64 else tile // 16}
     if backward:
         # Tensor cores that read shared memory need no registers for rows fetched ahead; elsewhere those would spill.
-        settings["num_stages"] = (3 if arch == 90 and narrow else 2) if half and 90 <= arch < 120 else 1
-        limited = arch == 90 and tile == 64 and narrow and plain and not inline
-        settings["HELD"] = tile < 64 or (narrow and not limited)
-        settings["FENCED"] = not limited  # there the layouts are one, as the tests see, and a barrier would spill
-        return settings | ({"maxnreg": 168} if limited else {})
+        stages = (3 if arch == 90 and narrow else 2) if half and 90 <= arch < 120 else 1
+        return settings | {"num_stages": stages, "HELD": tile < 64 or narrow}
     # With two stages the rows of the next group are asked for and waited for at once. With three they come while this
     # group is computed, if shared memory then still holds two blocks.
     settings["num_stages"] = 3 if head_dim <= 32 or (roomy and half and head_dim <= 64) else 2
@@ -236,7 +232,7 @@ def _settings(kernel, call: Call, inline: bool) -> dict[str, int]:
 
 def _launch(kernel, call: Call, bias: Tensor | None, mlp: list[Tensor], residual: bool, *rows) -> Tensor | None:
     """Persistent programs: for each head as many as the registers of the device hold at once. Returns their tiles."""
-    x, settings, tile = call.example, _settings(kernel, call, len(mlp) > 0), _tile(call.tokens)
+    x, settings, tile = call.example, _settings(kernel, call), _tile(call.tokens)
     resident = 65536 // settings.get("maxnreg", 256) // (32 * settings.get("num_warps", 4))
     workers = min(call.tasks, triton.cdiv(processors(x.device) * resident, call.heads))
     tiles = None

@@ -1,0 +1,154 @@
+"""The tables of README.md and docs/performance.md, from committed results and nothing else.
+
+Between two comments of such a document stands what this writes; the first says of what:
+
+    <!-- results FOLDER/FILE.json [GLOB ..] -->      every row of a run, of the cases that match
+    <!-- run FOLDER/FILE.json -->                    what ran, where and when
+    <!-- layers FOLDER/FILE.json                     some layers under other names, a line each: CASE = NAME
+    ... -->
+    <!-- gpu -->                                     the newest run on every GPU; without one, what is to be measured
+    <!-- end -->
+
+python benchmarks/performance.py            writes both documents; --check says whether they have drifted
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import re
+from pathlib import Path
+
+import report
+import roofline
+from cases import CASES
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md")
+BLOCK = re.compile(r"(<!-- (results|run|layers|gpu)\b(.*?)-->\n)(.*?)(<!-- end -->)", re.S)
+PASSES = {"fwd": "forward", "bwd": "backward", "full": "forward + backward"}
+
+
+def provenance(name: str, results: dict) -> str:
+    """What ran, where and when."""
+    machine, rates = results["machine"], results.get("rates", {})
+    processor = machine["cpu"] if machine["device"] == "CPU" else f"{machine['device']}, driver {machine.get('driver')}"
+    words = [processor]
+    words += [f"{machine['threads']} threads"] if machine["device"] == "CPU" else [f"triton {machine.get('triton')}"]
+    words += [f"torch {machine['torch']}", f"commit {machine['commit'].removesuffix('+changes')}", machine["date"]]
+    measured = [f"copy {results['bandwidth'] / 1e9:.1f} GB/s"] if results.get("bandwidth") else []
+    rates = {name: rate for name, rate in rates.items() if name != "vector" or "float32" not in rates}
+    measured += [f"{name.replace('vector', 'float32')} products {n / 1e9:.0f} GFLOP/s" for name, n in rates.items()]
+    if not rates:
+        measured.append("no matmul rate was measured: of floor is the share of the copy bandwidth")
+    return f"`benchmarks/results/{name}`: {', '.join(words)}; {', '.join(measured)}."
+
+
+def load(name: str) -> dict:
+    return report.load(RESULTS / name)
+
+
+def of_results(arguments: list[str]) -> str:
+    name, *patterns = arguments
+    results = load(name)
+    keep = [row for row in results["rows"] if any(fnmatch.fnmatchcase(row["case"], p) for p in patterns or ["*"])]
+    return provenance(name, results) + "\n\n" + report.markdown(results | {"rows": keep})
+
+
+TITLES = (
+    *("layer", "batch", "pass", "eager, ms", "best plain PyTorch, ms", "vitkernels, ms", "vs eager", "vs best"),
+    *("of floor", "peak memory, eager", "vitkernels"),
+)
+
+
+def of_layers(name: str, labels: dict[str, str]) -> str:
+    """A row for every layer and pass: eager, the best of the others, ours."""
+    results, lines = load(name), []
+    rows = report._groups(results["rows"], "case", "batch", "mode")
+    for (case, batch, mode), group in rows.items():
+        if case not in labels:
+            continue
+        found = {row["contender"]: row for row in group if row.get("ms")}
+        eager, best = found.get("eager", {}), report._best_other(list(found.values())) or {}
+        best = min((row for row in (eager, best) if row), key=lambda row: row["ms"], default={})
+        ours = next((row for key, row in found.items() if key.startswith("vitkernels")), {})
+        ratio = best["ms"] / ours["ms"] if best and ours else None
+        times = [report.number(row.get("ms"), report.SHOW["ms"]) for row in (eager, best, ours)]
+        shares = [(ours.get("speedup"), "speedup"), (ratio, "speedup"), (ours.get("floor"), "floor")]
+        memory = [(row.get("memory"), "memory") for row in (eager, ours)]
+        numbers = [report.number(value, report.SHOW[key]) for value, key in shares + memory]
+        lines.append([labels[case], str(batch), PASSES[mode], *times, *numbers])
+    missing = labels.keys() - {case for case, _, _ in rows}
+    lines += [[labels[case], "", "", *[report.NOT_MEASURED] * 8] for case in labels if case in missing]
+    return table(TITLES, lines, 3)
+
+
+def table(titles: tuple[str, ...], lines: list[list[str]], left: int) -> str:
+    rule = "|---" * left + "|---:" * (len(titles) - left) + "|"
+    return "\n".join(["| " + " | ".join(titles) + " |", rule, *("| " + " | ".join(line) + " |" for line in lines)])
+
+
+def of_gpus() -> str:
+    """The newest run of every GPU, rows by layer; all layers, with what they move and compute, where there is none."""
+    newest = {}
+    for path in sorted(RESULTS.glob("*/*.json")):
+        results = report.load(path)
+        if results["machine"]["device"] != "CPU":
+            newest[results["machine"]["device"]] = path, results
+    if newest:
+        blocks = (
+            f"{provenance(f'{path.parent.name}/{path.name}', results)}\n\n{report.markdown(results)}"
+            for path, results in newest.values()
+        )
+        return "\n\n".join(blocks)
+    lines = []
+    for case in CASES:
+        batch = case.batch("cuda")
+        for mode in ("fwd", "full") if "full" in case.kind.modes else ("fwd",):
+            least = roofline.work(case, batch, "bfloat16", mode)
+            arithmetic = f"{(least.products + least.vector) / 1e9:.2f}"
+            about = [case.name, str(batch), PASSES[mode], f"{least.bytes / 1e6:.1f}", arithmetic]
+            lines.append([*about, *[report.NOT_MEASURED] * 3])
+    titles = ("layer", "batch", "pass", "MB", "GFLOP", "eager, ms", "vitkernels, ms", "of floor")
+    return table(titles, lines, 3)
+
+
+def filled(text: str) -> str:
+    """A document with its blocks written again."""
+
+    def block(found: re.Match) -> str:
+        head, kind, arguments, _, end = found.groups()
+        if kind == "gpu":
+            body = of_gpus()
+        elif kind == "results":
+            body = of_results(arguments.split())
+        elif kind == "run":
+            body = provenance(arguments.strip(), load(arguments.strip()))
+        else:
+            name, *labels = arguments.strip().splitlines()
+            body = of_layers(name.strip(), dict(tuple(map(str.strip, line.split("=", 1))) for line in labels))
+        return f"{head}\n{body}\n\n{end}"
+
+    return BLOCK.sub(block, text)
+
+
+def main(argv: list[str] | None = None) -> int:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python benchmarks/performance.py", description=__doc__, formatter_class=form)
+    parser.add_argument("--check", action="store_true", help="fail where a document has drifted, and write nothing")
+    args = parser.parse_args(argv)
+    status = 0
+    for path in DOCUMENTS:
+        before = path.read_text()
+        after = filled(before)
+        if args.check and after != before:
+            print(f"{path.relative_to(ROOT)} has drifted from the committed results; `make performance` writes it")
+            status = 1
+        elif not args.check:
+            path.write_text(after)
+    return status
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

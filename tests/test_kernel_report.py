@@ -1,0 +1,173 @@
+"""Machine code read: loops, units and bytes under way, from short programs."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture
+def sass(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    return importlib.import_module("sass")
+
+
+@pytest.fixture
+def report(sass):
+    return importlib.import_module("kernel_report")
+
+
+def text(*lines: str) -> str:
+    """As the disassembler writes it."""
+    code = (
+        line if line.startswith(".L") else f"        /*{i * 16:04x}*/                   {line} ;"
+        for i, line in enumerate(lines)
+    )
+    return "\n".join(code)
+
+
+FILLER = ["IADD3 R90, R91, R92, RZ"] * 9
+
+
+def test_the_innermost_loop_with_products_is_hot(sass):
+    lines = [
+        *(".L_x_0:", *FILLER, "@P0 BRA `(.L_x_0)"),  # a loop without products
+        *(".L_x_1:", "MOV R1, R2", ".L_x_2:", "HMMA.16816.F32.BF16 R4, R8, R12, R4", *FILLER, "@!P1 BRA `(.L_x_2)"),
+        *(*FILLER, "@P2 BRA `(.L_x_1)"),
+        *("EXIT", ".L_x_3:", "SYNCS.PHASECHK.TRANS64.TRYWAIT P5, [UR18], R10", *FILLER, "@!P5 BRA `(.L_x_3)"),
+        *("BRA `(.L_x_2)",),  # back from where it waited: no loop
+    ]
+    code = sass.Code(text(*lines), warps=4)
+    assert [x.kind for x in code.hot] == ["HMMA", *["IADD3"] * 9, "BRA"]
+    assert code.matrix == "1 mma.sync"
+    assert sass.Code(text(*FILLER, "EXIT"), 4).hot == sass.Code(text(*FILLER, "EXIT"), 4).code
+
+
+def test_units(sass):
+    body = [
+        *(
+            "LDG.E.128 R4, desc[UR4][R2.64]",
+            "@P1 LDG.E.U16 R20, desc[UR4][R2.64]",
+            "LDGSTS.E.BYPASS.128 [R0], desc[UR4][R2.64], P5",
+        ),
+        *(
+            "HMMA.16816.F32.BF16 R24, R4, R12, R24",
+            "HMMA.1688.F32.TF32 R24, R4, R12, R24",
+            "HMMA.1684.F32.TF32 R24, R4, R12, R24",
+        ),
+        *(
+            "HGMMA.64x32x16.F32.BF16 R24, gdesc[UR8], R24, gsb0",
+            "MUFU.EX2 R7, R7",
+            "FFMA R9, R8, R7, R6",
+            "IMAD.WIDE R8, R9, 4, R2",
+        ),
+        *(
+            "LOP3.LUT R8, R8, 0x7, RZ, 0xc0, !PT",
+            "STG.E.64 desc[UR4][R2.64], R24",
+            "BAR.SYNC.DEFER_BLOCKING 0x0",
+            "SHFL.BFLY R1, R2, 1, 0x1f",
+        ),
+    ]
+    code = sass.Code(text(".L_x_0:", *body, "@P0 BRA `(.L_x_0)", "EXIT"), warps=4)
+    needs = code.needs
+    assert needs.requested == 128 * (16 + 2 + 16 + 8)
+    assert needs.multiply_adds == 4 * 16 * 8 * (16 + 8 + 4) + 64 * 32 * 16
+    assert (needs.special, needs.fma, needs.alu) == (128, 2 * 128, 128)
+    assert needs.issued == 4 * (len(body) + 1)
+    assert code.loads == "2 x 16, 1 x 2" and code.matrix == "3 mma.sync, 1 wgmma"
+
+
+def test_tensor_memory_products_come_from_the_intermediate_code(sass, report):
+    lines = ["UTCHMMA gdesc[UR6], gdesc[UR8], tmem[UR29], tmem[UR20], idesc[UR21], !UPT"]
+    loop = [".L_x_0:", *lines * 3, *FILLER, "@P0 BRA `(.L_x_0)"]
+    ttgir = (
+        "ttng.tc_gen5_mma %a, %b, %c[], %f, %t {is_async} : !ttg.memdesc<64x32xbf16, #s, #smem, mutable>, "
+        "!ttg.memdesc<32x64xbf16, #s, #smem>, !ttg.memdesc<64x64xf32, #tmem>"
+    )
+    assert report._products(ttgir) == [64 * 32 * 64]
+    code = sass.Code(text(*lines, *loop, "EXIT"), 4, [64 * 32 * 64] * 2)
+    assert code.needs.multiply_adds == 2 * 64 * 32 * 64 * 3 // 4 and code.matrix == "3 tcgen05"
+
+
+def pipelined(waits_for: int, stages: int) -> str:
+    """Products, then copies of the rows of a later trip; at the top all but ``waits_for`` groups have arrived."""
+    copies = ["LDGSTS.E.BYPASS.128 [R0], desc[UR4][R2.64]"] * 3 + ["LDGDEPBAR"]
+    products = ["HMMA.16816.F32.BF16 R24, R4, R12, R24"] * 8
+    top = [".L_x_0:", f"DEPBAR.LE SB0, {waits_for:#x}"]
+    return text(*copies * (stages - 1), *top, *products, *copies, "@P0 BRA `(.L_x_0)", "EXIT")
+
+
+def test_bytes_under_way(sass):
+    """Two stages ask for rows and wait; with three one group of them comes behind the products."""
+    trip = 3 * 16 * 128
+    assert sass.Code(pipelined(0, 2), 4).under_way == (trip, 0)
+    assert sass.Code(pipelined(1, 3), 4).under_way == (2 * trip, trip)
+
+
+def test_loads_into_registers_are_waited_for_where_they_are_named(sass):
+    load, use = "LDG.E.128 R4, desc[UR4][R2.64]", "FFMA R9, R6, R10, R11"
+    late = text(".L_x_0:", load, *["MUFU.EX2 R20, R21"] * 10, use, "@P0 BRA `(.L_x_0)", "EXIT")
+    soon = text(".L_x_0:", load, use, *["MUFU.EX2 R20, R21"] * 10, "@P0 BRA `(.L_x_0)", "EXIT")
+    assert sass.Code(late, 1).under_way[0] == sass.Code(soon, 1).under_way[0] == 16 * 32
+    assert sass.Code(late, 1).under_way[1] > 0.8 * 16 * 32 > sass.Code(soon, 1).under_way[1] == 0
+
+
+def test_resident_blocks(report):
+    hopper, ampere = report.CHIPS[90], report.CHIPS[86]
+    assert hopper.resident(4, 128, 40 * 1024) == 4 and hopper.resident(4, 168, 40 * 1024) == 3
+    assert hopper.resident(4, 129, 0) == 3  # registers come by eight
+    assert hopper.resident(1, 137, 0) == 12  # and of each quarter's 16,384
+    assert hopper.resident(1, 32, 0) == 32 and ampere.resident(1, 32, 0) == 16
+    assert ampere.resident(4, 128, 28 * 1024) == 3 and ampere.resident(4, 128, 100 * 1024) == 0
+    assert report.CHIPS[100].resident(4, 64, 0, 256) == 2
+
+
+def test_a_row_says_what_limits_it(report, sass):
+    products = text(".L_x_0:", *["HMMA.16816.F32.BF16 R24, R4, R12, R24"] * 64, "@P0 BRA `(.L_x_0)", "EXIT")
+    launch = dict(registers=128, spilled=0, shared=0)
+    row = report.kernel("case", "name", report.CHIPS[89], sass.Code(products, 4), 1.0, **launch)
+    assert row.clocks["matrix"] == 64 * 4 * 2048 // 256 and row.limit == "matrix"
+    loads = text(".L_x_0:", *["LDG.E.128 R4, desc[UR4][R2.64]"] * 64, "@P0 BRA `(.L_x_0)", "EXIT")
+    row = report.kernel("case", "name", report.CHIPS[89], sass.Code(loads, 4), 0.5, **launch)
+    assert row.limit == "memory" and row.clocks["memory"] == pytest.approx(64 * 2048 / 2 / (1008 / 2.52 / 128), abs=1)
+    cells = report.table([row]).splitlines()[2].strip("| ").split(" | ")
+    assert len(cells) == len(report.COLUMNS) and cells[-1] == "memory"
+
+
+def test_drift_is_found(report):
+    parts = {
+        "": "# Kernels\n",
+        "Triton 3.6.0": "## Triton 3.6.0\n\nrows\n",
+        "CUDA C++, nvcc 13.0": "## CUDA C++, nvcc 13.0\n",
+    }
+    committed = "\n".join(parts.values())
+    assert report.drifted(parts, committed) == []
+    assert report.drifted(parts | {"Triton 3.6.0": "## Triton 3.6.0\n\nother rows\n"}, committed) == ["Triton 3.6.0"]
+    other = committed.replace("nvcc 13.0", "nvcc 12.9")
+    assert report.drifted(parts, other) == []  # another compiler's numbers are not compared
+
+
+def test_the_clustering_in_the_document(report):
+    """What nvcc makes of it, where it is the nvcc of the document."""
+    library = report._cuda_library()
+    if library is None:
+        pytest.skip("the CUDA library was not built: no nvcc")
+    pytest.importorskip("triton", reason="its tools read the library")
+    title = f"## CUDA C++, nvcc {report._compiler_of(library)}\n"
+    committed = report.DOCUMENT.read_text()
+    if title not in committed:
+        pytest.skip(f"docs/kernels.md is of another compiler than {title.strip('# ')}")
+    found = report.cuda_kernels(library)
+    assert found and all(len(rows) == 9 for rows in found.values())
+    for chip, rows in found.items():
+        assert all(row.spilled == 0 and row.blocks > 0 for row in rows)
+        assert report.table(rows) in committed, f"sm_{chip}: `make kernels` writes it again"
+
+
+def test_help_says_what_it_is_for(report, capsys):
+    with pytest.raises(SystemExit):
+        report.main(["--help"])
+    assert re.search(r"--write\s+write docs/kernels.md", capsys.readouterr().out)
