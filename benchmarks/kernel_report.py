@@ -87,6 +87,7 @@ class Kernel(NamedTuple):
     matrix: str
     loads: str
     clocks: dict[str, int]  # a trip through the hot loop, by unit, of a multiprocessor that did nothing else
+    widest: int  # bytes that a lane loads at once, anywhere
 
     @property
     def limit(self) -> str:
@@ -108,6 +109,7 @@ def kernel(case: str, name: str, chip: Chip, code: sass.Code, padding: float, **
     return Kernel(
         case, name, code.warps, launch["registers"], launch["spilled"], launch["shared"], blocks, blocks * most,
         blocks * behind, code.matrix, code.loads, {unit: round(n) for unit, n in clocks.items()},
+        code.widest,
     )  # fmt: skip
 
 

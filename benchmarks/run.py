@@ -164,8 +164,8 @@ def progress(total: int) -> Iterator[Callable[[str], None]]:
         yield step
 
 
-def run_case(case: Case, dtype: str, args: argparse.Namespace, modes: list[str], step: Callable) -> Iterator[dict]:
-    """Rows of a case, unfinished: who took part, and what was measured."""
+def run_case(case: Case, dtype: str, args: argparse.Namespace, modes: list[str], step: Callable) -> Iterator[list]:
+    """Rows of a case, pass by pass: who took part, and what was measured."""
     device, batch, names = torch.device(args.device), args.batch or case.batch(args.device), contenders(case, args)
     about = {"case": case.name, "layer": case.describe(), "batch": batch, "dtype": dtype}
     step(f"{case.name} {dtype}: parity")
@@ -181,16 +181,9 @@ def run_case(case: Case, dtype: str, args: argparse.Namespace, modes: list[str],
             measured = measure_calls(calls, device, args.seconds) if calls else {}
         except Exception as error:
             measured, unable = {}, {**unable, **{name: refusal(name, error) for name in calls}}
-        for name in names:
-            status, reason = {**refused, **unable}.get(name, ("ok", ""))
-            yield {
-                **about,
-                "mode": mode,
-                "contender": name,
-                "status": status,
-                "reason": reason,
-                **measured.get(name, {}),
-            }
+        found = {name: ("ok", "") for name in names} | refused | unable
+        whats = ({"mode": mode, "contender": name, "status": s, "reason": r} for name, (s, r) in found.items())
+        yield [about | what | measured.get(what["contender"], {}) for what in whats]
 
 
 def run(cases: list[Case], args: argparse.Namespace, results: dict, save: Callable[[], None]) -> None:
@@ -202,11 +195,9 @@ def run(cases: list[Case], args: argparse.Namespace, results: dict, save: Callab
         rates = Rates.measured(device, args.dtype, args.quick)
         results.update(bandwidth=rates.bandwidth, rates={**rates.products, "vector": rates.vector})
         for case, dtype in itertools.product(cases, args.dtype):
-            rows = run_case(case, dtype, args, modes[case], step)
-            for _, group in itertools.groupby(rows, lambda row: row["mode"]):
-                group = list(group)
-                eager = next((row.get("ms") for row in group if row["contender"] == "eager"), None)
-                results["rows"] += [row | (shares(row, case, rates, eager) if "ms" in row else {}) for row in group]
+            for rows in run_case(case, dtype, args, modes[case], step):
+                eager = next((row.get("ms") for row in rows if row["contender"] == "eager"), None)
+                results["rows"] += [row | (shares(row, case, rates, eager) if "ms" in row else {}) for row in rows]
                 save()
             if not alive(device):
                 raise DeviceLost(case.name)

@@ -129,6 +129,11 @@ class Code:
         widths = Counter(x.width for x in self._some("LDG", "LDGSTS"))
         return ", ".join(f"{count} x {width}" for width, count in sorted(widths.items(), reverse=True)) or "none"
 
+    @property
+    def widest(self) -> int:
+        """Bytes of a lane's widest global load in the whole kernel."""
+        return max((x.width for x in self.code if x.kind in ("LDG", "LDGSTS")), default=0)
+
     @cached_property
     def needs(self) -> Needs:
         lanes = self.warps * LANES
