@@ -230,11 +230,11 @@ has drifted.
 - **matrix** instructions that a warp issues, and global **loads** (count x bytes of a lane), of the hot loop: the
   innermost loop with most matrix instructions, without any that with most instructions, else the whole kernel.
 - **memory**, **matrix**, **exp2**, **ALU**: clocks that a trip through the hot loop of one block takes a multiprocessor
-  in each of these units alone. matrix: at the rate of the chip's best instructions, which on sm_90 mma.sync does not
-  reach. memory: all bytes that lanes ask for or write, at the board's bandwidth, so that what a
-  cache serves counts too (rows read twice; the bias gradient's tile, which the 49-token backward kernel adds to); lanes
-  beyond the group or the head do not. ALU: the longest of the pipe of float32 multiply-adds, of all other arithmetic,
-  and of issuing. **limit**: the longest; the closer the next, the better the two must overlap.
+  in each of these units alone. memory: all bytes that lanes ask for or write, at the board's bandwidth, so that what a
+  cache serves counts too (rows read twice; the bias gradient's tile, which backward kernels of groups add to where
+  head_dim is above 32); lanes beyond the group or the head do not. matrix: at the rate of the chip's best
+  instructions, which on sm_90 mma.sync does not reach. ALU: the longest of the pipe of float32 multiply-adds, of all
+  other arithmetic, and of issuing. **limit**: the longest; the closer the next, the better the two must overlap.
 
 Boards, by their data sheets: {boards}.
 """
@@ -289,14 +289,25 @@ def main(argv: list[str] | None = None) -> int:
         names = fnmatch.filter(ahead_of_time.cases(args.chip[0]), args.case)
         print(json.dumps([row._asdict() for row in triton_kernels(args.chip[0], names)]))
         return 0
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = dict(zip(args.chip, pool.map(lambda chip: rows_of(chip, args.case), args.chip)))
     library = _cuda_library()
+    if library is None and args.write:
+        parser.error(
+            "the CUDA library was not built (no nvcc, or VITKERNELS_CUDA=0): the document needs its kernels too"
+        )
     if library is None:
         print("the CUDA library was not built: its kernels are left out", file=sys.stderr)
+
+    def rows(chip: int) -> list[Kernel]:
+        kernels = rows_of(chip, args.case)
+        print(f"sm_{chip}: {len(kernels)} Triton kernels compiled", file=sys.stderr)
+        return kernels
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = dict(zip(args.chip, pool.map(rows, args.chip)))
     clustering = cuda_kernels(library) if library else {}
     clustering = {
-        chip: [row for row in rows if fnmatch.fnmatchcase(row.case, args.case)] for chip, rows in clustering.items()
+        chip: [row for row in kernels if fnmatch.fnmatchcase(row.case, args.case)]
+        for chip, kernels in clustering.items()
     }
     parts = document(
         found, {chip: clustering.get(chip, []) for chip in args.chip}, _compiler_of(library) if library else ""
