@@ -221,19 +221,25 @@ def _settings(kernel, call: Call) -> dict[str, int]:
     if backward:
         # Tensor cores that read shared memory need no registers for rows fetched ahead; elsewhere those would spill.
         stages = (3 if arch == 90 and narrow else 2) if half and 90 <= arch < 120 else 1
-        return settings | {"num_stages": stages, "HELD": tile < 64 or narrow}
+        limit = {"maxnreg": 168} if tile == 16 and narrow else {}
+        return settings | {"num_stages": stages, "HELD": tile < 64 or narrow} | limit
     # With two stages the rows of the next group are asked for and waited for at once. With three they come while this
     # group is computed, if shared memory then still holds two blocks.
     settings["num_stages"] = 3 if head_dim <= 32 or (roomy and half and head_dim <= 64) else 2
     if narrow and tile == 64:
         settings["maxnreg"] = 128 if arch == 80 or (roomy and plain) else 168  # four blocks, or three
+    elif narrow and tile == 16:
+        settings["maxnreg"] = 96
+    elif tile == 64 and roomy and arch < 100 and head_dim <= 32:
+        settings["maxnreg"] = 128  # two blocks of eight warps in float32
     return settings
 
 
 def _launch(kernel, call: Call, bias: Tensor | None, mlp: list[Tensor], residual: bool, *rows) -> Tensor | None:
-    """Persistent programs: for each head as many as the registers of the device hold at once. Returns their tiles."""
+    """Persistent programs: for each head as many as the registers hold at once, by their limit. Returns their tiles."""
     x, settings, tile = call.example, _settings(kernel, call), _tile(call.tokens)
-    resident = 65536 // settings.get("maxnreg", 256) // (32 * settings.get("num_warps", 4))
+    warps = 4 * (16384 // (32 * settings.get("maxnreg", 256)))  # that fit the four quarters of a multiprocessor
+    resident = warps // settings.get("num_warps", 4)
     workers = min(call.tasks, triton.cdiv(processors(x.device) * resident, call.heads))
     tiles = None
     if bias is not None or mlp:
