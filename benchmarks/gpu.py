@@ -252,9 +252,14 @@ def tests(run: Run, until: float) -> None:
     files = list(dict.fromkeys(line.split("::")[0] for line in listed if "::" in line))
     if why or not files:
         run.record.add(Step("tests", "collection", "FAILED", why or "no test is marked gpu"))
-    jobs = [(file, "gpu") for file in files]
-    if not run.dry:
-        jobs += [(f"tests/test_{name}.py", "not gpu") for name in KERNEL_TESTS]
+    if run.dry:
+        for file in files:
+            count = sum(line.startswith(f"{file}::") for line in listed)
+            run.record.add(
+                Step("tests", f"{file}, marked gpu", "skipped", f"{count} tests, none of which runs without a GPU")
+            )
+        return
+    jobs = [(file, "gpu") for file in files] + [(f"tests/test_{name}.py", "not gpu") for name in KERNEL_TESTS]
     together(lambda job: _test_file(run, until, *job), jobs, max(1, (os.cpu_count() or 2) // 2))
 
 

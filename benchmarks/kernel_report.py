@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import functools
 import importlib.util
 import itertools
 import json
@@ -125,21 +126,31 @@ def triton_kernels(capability: int, names: Iterable[str]) -> list[Kernel]:
     import ahead_of_time
 
     found: dict[tuple[str, str], Kernel] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "cubin"
-        for case in names:
-            about = ahead_of_time.cases(capability)[case]
-            for compiled in ahead_of_time.compile_launches(about.launch, capability):
-                cubin.write_bytes(compiled.asm["cubin"])
-                taken, metadata = sass.resources(tools(), cubin)[0][1], compiled.metadata
-                code = sass.Code(sass.disassemble(tools(), cubin), metadata.num_warps, _products(compiled.asm["ttgir"]))
-                launch = dict(registers=taken["REG"], spilled=taken["STACK"], shared=metadata.shared)
-                launch["tensor_memory"] = getattr(metadata, "tmem_size", 0)
-                row = kernel(case, metadata.name.strip("_"), CHIPS[capability], code, about.padding, **launch)
-                before = found.get((case, row.name))
-                if before is None or (row.spilled, row.registers) > (before.spilled, before.registers):
-                    found[case, row.name] = row
+    for case in names:
+        about = ahead_of_time.cases(capability)[case]
+        for compiled in ahead_of_time.compile_launches(about.launch, capability):
+            metadata, taken = compiled.metadata, _resources(compiled.asm["cubin"])
+            code = _code(compiled.asm["cubin"], metadata.num_warps, compiled.asm["ttgir"])
+            launch = dict(registers=taken["REG"], spilled=taken["STACK"], shared=metadata.shared)
+            launch["tensor_memory"] = getattr(metadata, "tmem_size", 0)
+            row = kernel(case, metadata.name.strip("_"), CHIPS[capability], code, about.padding, **launch)
+            before = found.get((case, row.name))
+            if before is None or (row.spilled, row.registers) > (before.spilled, before.registers):
+                found[case, row.name] = row
     return list(found.values())
+
+
+def _resources(cubin: bytes) -> dict[str, int]:
+    with tempfile.NamedTemporaryFile() as file:
+        Path(file.name).write_bytes(cubin)
+        return sass.resources(tools(), Path(file.name))[0][1]
+
+
+@functools.cache  # several cases start one and the same kernel
+def _code(cubin: bytes, warps: int, ttgir: str) -> sass.Code:
+    with tempfile.NamedTemporaryFile() as file:
+        Path(file.name).write_bytes(cubin)
+        return sass.Code(sass.disassemble(tools(), Path(file.name)), warps, _products(ttgir))
 
 
 def _products(ttgir: str) -> list[int]:

@@ -182,7 +182,8 @@ class Code:
 
 
 def disassemble(tools: Path, cubin: Path) -> str:
-    return subprocess.run([tools / "nvdisasm", "-c", cubin], capture_output=True, text=True, check=True).stdout
+    """The code, without an analysis of data flow, which it does not change."""
+    return subprocess.run([tools / "nvdisasm", "-c", "-ndf", cubin], capture_output=True, text=True, check=True).stdout
 
 
 def resources(tools: Path, cubin: Path) -> list[tuple[str, dict[str, int]]]:

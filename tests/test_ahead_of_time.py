@@ -18,10 +18,15 @@ if not triton.__version__.startswith("3.6."):
 
 CHIPS = (80, 86, 89, 90, 100, 120)
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB that a block may have
+WIDE_HEADS = (  # eight warps, limited to 128 registers
+    *("3136 queries, 196 keys, bf16, 96", "1569 queries, 393 keys, bf16, 96", "1569 queries, 1569 keys, bf16, 96"),
+    *("8001 queries, 2001 keys, bf16, 72", "784 queries, 196 keys, bf16, 128"),
+)
 SPILLED = {  # bytes of a thread; 0 where nothing stands
     **{(chip, "196 tokens, bf16, 96", "streamed_attention_backward_query"): 16 for chip in (86, 89)},
     **{(chip, "196 tokens, bf16, 96", "streamed_attention_backward_key"): 8 for chip in (86, 89, 120)},
-    (100, "1569 queries, 393 keys, bf16, 96", "relative_gradients"): 16,
+    **{(90, case, "relative_gradients"): 8 for case in WIDE_HEADS},
+    (100, "1569 queries, 393 keys, bf16, 96", "relative_gradients"): 8,
     (80, "196 queries, 196 keys, fp32, 96", "attention_forward"): 248,  # products without tensor cores
     (80, "196 queries, 196 keys, fp32, 96", "attention_backward_query"): 352,
     (90, "196 queries, 196 keys, fp32, 96", "attention_forward"): 272,
