@@ -525,6 +525,14 @@ def test_a_baseline_that_cannot_run_is_skipped_with_its_reason(tiny, tmp_path, m
     assert "skipped: NotImplementedError: not on this machine" in capsys.readouterr().out
 
 
+def test_a_baseline_that_misses_the_contract_is_no_failure(tiny, tmp_path, monkeypatch):
+    eager = tiny.partition_attention.eager
+    wrong = lambda grouping: lambda qkv, bias: eager(grouping)(qkv, bias) * 1.001  # noqa: E731
+    monkeypatch.setitem(tiny.partition_attention.BASELINES, "sdpa", wrong)
+    status, results = start(tiny, tmp_path, "--backend", "sdpa", "--mode", "fwd")
+    assert status == 0 and results["rows"][1]["status"] == "FAILED" and "ms" not in results["rows"][1]
+
+
 def test_too_little_memory_is_a_row(tiny, tmp_path, monkeypatch):
     """For inputs and reference, and for a contender."""
 
