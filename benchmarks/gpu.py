@@ -54,11 +54,10 @@ SWEEP = (
 )
 COMPILED = ("crossformer-s-224-stage1-sda", "swin-t-224-stage1-shifted", "mvitv2-s-224-stage3-attend")
 REPEATS = 1000
-LOST = 3  # exit status of a process whose device failed, as of benchmarks/run.py
 KERNEL_TESTS = ("triton", "cluster_triton", "pool_triton", "pooled_triton", "position_bias", "lsda")
-MODELS = {  # of the libraries that people have: (name, pixels)
-    "timm": (("maxvit_tiny_tf_224", 224), ("swin_tiny_patch4_window7_224", 224), ("mvitv2_small", 224)),
-    "torchvision": (("maxvit_t", 224), ("swin_t", 224)),
+MODELS = {  # of the libraries that people have, for images of 224 x 224 pixels
+    "timm": ("maxvit_tiny_tf_224", "swin_tiny_patch4_window7_224", "mvitv2_small"),
+    "torchvision": ("maxvit_t", "swin_t"),
 }
 
 
@@ -285,6 +284,7 @@ def _test_file(run: Run, until: float, file: str, mark: str) -> None:
 def _repeats(run: Run, part: str, until: float, times: int, batch: int, prefix: list[str] | None = None) -> None:
     """Take the rows that a worker prints. Where a kernel ends the worker, another goes on behind it."""
     from cases import EVERY_KERNEL
+    from run import LOST
 
     names, label = list(EVERY_KERNEL), f"{prefix[2]}: " if prefix else ""
     while names and time.monotonic() < until:
@@ -350,16 +350,14 @@ def models(run: Run, until: float) -> None:
 
 def sweep(run: Run, until: float) -> None:
     """benchmarks/run.py against every baseline that is installed, most wanted layers first, those compiled last."""
-    import fnmatch
-
     from cases import CASES
+    from workload import select
 
-    matching = (case.name for pattern in SWEEP for case in CASES if fnmatch.fnmatchcase(case.name, pattern))
-    names = list(dict.fromkeys(matching))
     if run.dry:
         _sweep(run, until, ["crossformer-s-224-stage4-sda"], "--batch", "1", "--seconds", "0", "--quick")
         return
     reserve = min(60.0, (until - time.monotonic()) / 2)
+    names = [case.name for case in select(CASES, SWEEP)]
     _sweep(run, until - reserve, names, "--no-compile", "--seconds", "0.1")
     _sweep(run, until, list(COMPILED), "--compile", "--backend", "compile", "flex", "triton", "--seconds", "0.1")
 
@@ -396,17 +394,16 @@ def _sweep(run: Run, until: float, names: list[str], *options: str) -> None:
         for case in bad:
             reasons = {row["contender"]: row["reason"] for row in wrong if row["case"] == case}
             run.record.add(Step("sweep", case, "FAILED", "; ".join(f"{who}: {what}" for who, what in reasons.items())))
-        left = [name for name in names if name not in measured]
-        names = left
+        names = [name for name in names if name not in measured]
         if not why or finished or why == "cut short":
             break
         if why.startswith("exit status 2:"):
             run.record.add(Step("sweep", label, "FAILED", why))
             break
-        culprit = at[0] if at and at[0] in left else left[0] if left else None
+        culprit = next((name for name in (*at, *names[:1]) if name in names), None)
         if culprit and culprit not in bad:  # nobody wrote down what happened to it
             run.record.add(Step("sweep", culprit, "FAILED", why))
-        names = [name for name in left if name != culprit]
+        names = [name for name in names if name != culprit]
     partial.unlink(missing_ok=True)
     text = f"{len(done)} measured" + (f", {len(names)} left for want of time" if names else "")
     status = "ok" if done else "skipped" if names else "FAILED"
@@ -418,6 +415,8 @@ def _sweep(run: Run, until: float, names: list[str], *options: str) -> None:
 
 def worker(part: str, device: str, *arguments: str) -> int:
     """Print a row of JSON for every model or kernel."""
+    from run import LOST, DeviceLost
+
     rows = _time_models(device) if part == "models" else _repeat_kernels(device, *arguments)
     try:
         for name, status, reason, seconds in rows:
@@ -428,19 +427,11 @@ def worker(part: str, device: str, *arguments: str) -> int:
     return 0
 
 
-class DeviceLost(Exception):
-    """No call on the device succeeds any more."""
-
-
-def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
-
-
 def _repeat_kernels(device: str, times: str, batch: str, *names: str) -> Iterator[tuple[str, str, str, float]]:
     """Every kernel's output and gradients; whether all have the bits of the first."""
     import torch
     from cases import CASES
-    from run import alive, refusal
+    from run import DeviceLost, alive, refusal
     from workload import OURS
 
     cases, repeats = {case.name: case for case in CASES}, int(times) - 1
@@ -458,7 +449,7 @@ def _repeat_kernels(device: str, times: str, batch: str, *names: str) -> Iterato
             found = refusal(OURS, error)
         yield name, *found, time.monotonic() - begun
         if not alive(torch.device(device)):
-            raise DeviceLost
+            raise DeviceLost(name)
 
 
 def _flat(tensors: object):
@@ -473,17 +464,18 @@ def _time_models(device: str) -> Iterator[tuple[str, str, str, float]]:
     """Images per second of inference and of a training step, bfloat16 by autocast on a GPU."""
     import measure
     import torch
+    from run import reason
 
     where = torch.device(device)
     batch, seconds = (64, 0.5) if device == "cuda" else (1, 0.0)
     for library, names in MODELS.items():
-        for name, pixels in names if device == "cuda" else names[:1]:
+        for name in names if device == "cuda" else names[:1]:
             begun = time.monotonic()
             try:
                 module = importlib.import_module(library)
                 make = module.create_model if library == "timm" else getattr(module.models, name)
                 model = (make(name) if library == "timm" else make()).to(where)
-                images = torch.randn(batch, 3, pixels, pixels, device=where)
+                images = torch.randn(batch, 3, 224, 224, device=where)
 
                 def infer(model=model, images=images):
                     with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
@@ -504,7 +496,7 @@ def _time_models(device: str) -> Iterator[tuple[str, str, str, float]]:
             except ModuleNotFoundError as error:
                 yield f"{library} {name}", "skipped", f"no module {error.name}", time.monotonic() - begun
             except Exception as error:
-                yield f"{library} {name}", "skipped", _line(error), time.monotonic() - begun
+                yield f"{library} {name}", "skipped", reason(error), time.monotonic() - begun
 
 
 def results_path(device: str, folder: Path) -> Path:

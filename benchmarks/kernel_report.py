@@ -236,8 +236,8 @@ has drifted.
   multiprocessor holds by these and by its limits of warps.
 - **in flight**: KiB that a multiprocessor's blocks have asked for and do not yet wait for, at most; **behind**: of
   these while they compute, on average over the products and exponentials of the code. What is not behind computation
-  is waited for; then other blocks must fill in. An H200 needs some 23 KiB under way on every multiprocessor: 4.3 TB/s
-  for 700 ns.
+  is waited for; then other blocks must fill in. By arithmetic an H200 needs 23 KiB under way on every
+  multiprocessor: 4.3 TB/s for 700 ns.
 - **matrix** instructions that a warp issues, and global **loads** (count x bytes of a lane), of the hot loop: the
   innermost loop with most matrix instructions, without any that with most instructions, else the whole kernel.
 - **memory**, **matrix**, **exp2**, **ALU**: clocks that a trip through the hot loop of one block takes a multiprocessor

@@ -65,14 +65,12 @@ TITLES = (
 def of_layers(name: str, labels: dict[str, str]) -> str:
     """A row for every layer and pass: eager, the best of the others, ours."""
     results, lines = load(name), []
-    rows = report._groups(results["rows"], "case", "batch", "mode")
+    rows = report.groups(results["rows"], "case", "batch", "mode")
     for (case, batch, mode), group in rows.items():
         if case not in labels:
             continue
-        found = {row["contender"]: row for row in group if row.get("ms")}
-        eager, best = found.get("eager", {}), report._best_other(list(found.values())) or {}
-        best = min((row for row in (eager, best) if row), key=lambda row: row["ms"], default={})
-        ours = next((row for key, row in found.items() if key.startswith("vitkernels")), {})
+        eager, best, ours = report.sides(group)
+        best = min(filter(None, (eager, best)), key=lambda row: row["ms"], default={})
         ratio = best["ms"] / ours["ms"] if best and ours else None
         times = [report.number(row.get("ms"), report.SHOW["ms"]) for row in (eager, best, ours)]
         shares = [(ours.get("speedup"), "speedup"), (ratio, "speedup"), (ours.get("floor"), "floor")]
@@ -81,12 +79,7 @@ def of_layers(name: str, labels: dict[str, str]) -> str:
         lines.append([labels[case], str(batch), PASSES[mode], *times, *numbers])
     missing = labels.keys() - {case for case, _, _ in rows}
     lines += [[labels[case], "", "", *[report.NOT_MEASURED] * 8] for case in labels if case in missing]
-    return table(TITLES, lines, 3)
-
-
-def table(titles: tuple[str, ...], lines: list[list[str]], left: int) -> str:
-    rule = "|---" * left + "|---:" * (len(titles) - left) + "|"
-    return "\n".join(["| " + " | ".join(titles) + " |", rule, *("| " + " | ".join(line) + " |" for line in lines)])
+    return report.markdown_table(TITLES, lines, 3)
 
 
 def of_gpus() -> str:
@@ -111,7 +104,7 @@ def of_gpus() -> str:
             about = [case.name, str(batch), PASSES[mode], f"{least.bytes / 1e6:.1f}", arithmetic]
             lines.append([*about, *[report.NOT_MEASURED] * 3])
     titles = ("layer", "batch", "pass", "MB", "GFLOP", "eager, ms", "vitkernels, ms", "of floor")
-    return table(titles, lines, 3)
+    return report.markdown_table(titles, lines, 3)
 
 
 def filled(text: str) -> str:

@@ -11,7 +11,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 NOT_MEASURED = "not yet measured"
@@ -83,7 +83,7 @@ def _align(table: list[list[str]], left: int) -> list[str]:
     return ["  ".join(row).rstrip() for row in cells]
 
 
-def _groups(rows: Iterable[dict], *keys: str) -> dict[tuple, list[dict]]:
+def groups(rows: Iterable[dict], *keys: str) -> dict[tuple, list[dict]]:
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
         groups.setdefault(tuple(row[key] for key in keys), []).append(row)
@@ -118,7 +118,7 @@ def text(results: dict) -> str:
     show = SHOW | (ON_A_GPU if any("launches" in row for row in results["rows"]) else {})
     blocks = [header(results), EXPLANATION, *([EXPLANATION_ON_A_GPU] if len(show) > len(SHOW) else [])]
     titles = [TITLES.get(name, name) for name in ("mode", "dtype", "contender", *show)]
-    for (case, layer, batch), rows in _groups(results["rows"], "case", "layer", "batch").items():
+    for (case, layer, batch), rows in groups(results["rows"], "case", "layer", "batch").items():
         measured = [r for r in rows if r["status"] == "ok"]
         cells = [[r["mode"], r["dtype"], r["contender"], *(number(r.get(k), show[k]) for k in show)] for r in measured]
         others = [f"{r['mode']}  {r['dtype']}  {r['contender']}  {_status(r)}" for r in rows if r["status"] != "ok"]
@@ -132,6 +132,12 @@ def text(results: dict) -> str:
     return "\n\n".join(blocks)
 
 
+def markdown_table(titles: Sequence[str], lines: Iterable[Sequence[str]], left: int) -> str:
+    """The first ``left`` columns flush left, the others flush right."""
+    rule = "|---" * left + "|---:" * (len(titles) - left) + "|"
+    return "\n".join(["| " + " | ".join(titles) + " |", rule, *("| " + " | ".join(line) + " |" for line in lines)])
+
+
 def markdown(results: dict) -> str:
     """One row per layer and mode: milliseconds of every contender, then speed-up and memory of vitkernels."""
     rows = results["rows"]
@@ -142,8 +148,8 @@ def markdown(results: dict) -> str:
     titles += [f"{name}: {what}" for name in ours for what in ("vs eager", "of floor")] + [
         f"{name}: peak memory" for name in ("eager", *ours)
     ]
-    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * 4 + "---:|" * (len(titles) - 4)]
-    for (case, batch, dtype, mode), group in _groups(rows, "case", "batch", "dtype", "mode").items():
+    lines = []
+    for (case, batch, dtype, mode), group in groups(rows, "case", "batch", "dtype", "mode").items():
         found = {row["contender"]: row for row in group}
 
         def cell(contender: str, field: str, found=found) -> str:
@@ -152,15 +158,17 @@ def markdown(results: dict) -> str:
         cells = [case, str(batch), dtype, mode, *(cell(name, "ms") for name in contenders)]
         cells += [cell(name, field) for name in ours for field in ("speedup", "floor")]
         cells += [cell(name, "memory") for name in ("eager", *ours)]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) if rows else NOT_MEASURED
+        lines.append(cells)
+    return markdown_table(titles, lines, 4) if rows else NOT_MEASURED
 
 
-def _best_other(rows: list[dict]) -> dict | None:
-    others = [
-        r for r in rows if not r["contender"].startswith("vitkernels") and r["contender"] != "eager" and r.get("ms")
-    ]
-    return min(others, key=lambda row: row["ms"], default=None)
+def sides(rows: list[dict]) -> tuple[dict, dict, dict]:
+    """Of a layer's rows that of eager, the fastest of the others, and the fastest of vitkernels; {} where none is."""
+    found = {row["contender"]: row for row in rows if row.get("ms")}
+    eager = found.pop("eager", {})
+    ours = {name for name in found if name.startswith("vitkernels")}
+    kinds = found.keys() - ours, ours
+    return eager, *(min((found[n] for n in sorted(kind)), key=lambda row: row["ms"], default={}) for kind in kinds)
 
 
 def summary(results: dict) -> str:
@@ -172,15 +180,12 @@ def summary(results: dict) -> str:
     table = [
         ["layer", "pass", "batch", "dtype", "eager", "best other", "", "vitkernels", "vs eager", "vs best", "of floor"]
     ]
-    for (case, mode, batch, dtype), rows in _groups(results["rows"], "case", "mode", "batch", "dtype").items():
-        found = {row["contender"]: row for row in rows if row.get("ms")}
-        ours = min((r for n, r in found.items() if n.startswith("vitkernels")), key=lambda r: r["ms"], default={})
-        best = _best_other(rows) or {}
+    for (case, mode, batch, dtype), rows in groups(results["rows"], "case", "mode", "batch", "dtype").items():
+        eager, best, ours = sides(rows)
         ratio = best["ms"] / ours["ms"] if best and ours else None
-        times = (number(row.get("ms"), _milliseconds) for row in (found.get("eager", {}), best, ours))
-        eager, other, fused = times
+        times = [number(row.get("ms"), _milliseconds) for row in (eager, best, ours)]
         shares = number(ours.get("speedup"), SHOW["speedup"]), number(ratio, SHOW["speedup"])
-        about = [case, mode, str(batch), dtype, eager, other, best.get("contender", ""), fused]
+        about = [case, mode, str(batch), dtype, *times[:2], best.get("contender", ""), times[2]]
         table.append([*about, *shares, number(ours.get("floor"), SHOW["floor"])])
     blocks = [header(results), "\n".join(_align(steps, len(steps[0])))]
     if len(table) > 1:

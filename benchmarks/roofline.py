@@ -14,7 +14,6 @@ is a bound from below.
 from __future__ import annotations
 
 import argparse
-import fnmatch
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -201,7 +200,7 @@ def main(argv: list[str] | None = None) -> int:
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no CUDA device")
     dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    cases = [case for case in CASES if any(fnmatch.fnmatchcase(case.name, pattern) for pattern in args.case)]
+    cases = workload.select(CASES, args.case)
     rates = Rates.measured(device, [dtype])
     print(
         f"copy {rates.bandwidth / 1e9:.1f} GB/s, {dtype} products {rates.products[dtype] / 1e9:.0f} GFLOP/s, "

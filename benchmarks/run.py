@@ -8,7 +8,6 @@ are saved as they come; Ctrl-C prints what there is.
 from __future__ import annotations
 
 import argparse
-import fnmatch
 import itertools
 import statistics
 import sys
@@ -22,7 +21,7 @@ import report
 import torch
 from cases import CASES, QUICK
 from roofline import Rates, work
-from workload import DTYPES, MODES, OURS, Case, Contender, Workload
+from workload import DTYPES, MODES, OURS, Case, Contender, Workload, select
 
 RESULTS = Path(__file__).parent / "results" / "latest.json"
 OLDEST = (8, 0)  # compute capability
@@ -41,14 +40,18 @@ def contenders(case: Case, args: argparse.Namespace) -> list[str]:
     return [*fit, OURS + (case.kind.gpu if args.device == "cuda" else "cpu")]
 
 
+def reason(error: Exception) -> str:
+    """Of what went wrong, in a line."""
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+
+
 def refusal(name: str, error: Exception) -> tuple[str, str]:
     """(status, reason) of a contender that raised: no failure where a baseline or a backend cannot run a case."""
     unable = isinstance(error, RuntimeError) and " cannot run " in str(error)
     absent = not name.startswith(OURS) or unable or isinstance(error, torch.OutOfMemoryError)
     if not absent:
         traceback.print_exception(error)
-    line = (str(error).strip() or "no message").splitlines()[0]
-    return "skipped" if absent else "FAILED", f"{type(error).__name__}: {line}"
+    return "skipped" if absent else "FAILED", reason(error)
 
 
 def admit(names: list[str], workload: Workload, gradients: bool) -> tuple[dict[str, Contender], dict]:
@@ -109,7 +112,7 @@ def _replayed(call: Callable, device: torch.device) -> dict[str, object]:
     try:
         return {"graph": measure.replay(call, device)}
     except Exception as error:
-        return {"graph": None, "no_graph": refusal("", error)[1]}
+        return {"graph": None, "no_graph": reason(error)}
 
 
 def shares(row: dict, case: Case, rates: Rates, eager: float | None) -> dict[str, object]:
@@ -272,8 +275,7 @@ def no_gpu() -> str | None:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    matching = (case for pattern in args.patterns for case in CASES if fnmatch.fnmatchcase(case.name, pattern))
-    cases = [case for case in dict.fromkeys(matching) if set(args.mode) & set(case.kind.modes)]
+    cases = [case for case in select(CASES, args.patterns) if set(args.mode) & set(case.kind.modes)]
     if not cases:
         what = f"{' '.join(args.patterns)} and has a pass {' or '.join(args.mode)}"
         print(f"no case matches {what}; --list prints the cases", file=sys.stderr)

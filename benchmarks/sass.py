@@ -17,23 +17,10 @@ from typing import NamedTuple
 LANES = 32  # of a warp
 # what runs on the pipe of float32 multiply-adds, and what on none of the arithmetic pipes
 MULTIPLY_ADD = ("FFMA", "FADD", "FMUL", "IMAD", "HFMA2", "HADD2", "HMUL2")
-ELSEWHERE = (
-    "MUFU",
-    "BRA",
-    "BAR",
-    "EXIT",
-    "BSSY",
-    "BSYNC",
-    "NOP",
-    "WARP",
-    "DEPBAR",
-    "LDGDEPBAR",
-    "LD",
-    "ST",
-    "RED",
-    "S2",
+ELSEWHERE = tuple(
+    "MUFU BRA BAR EXIT BSSY BSYNC NOP WARP DEPBAR LD ST RED ATOM S2 CS2R SYNCS UTC HMMA HGMMA SHFL U R2UR FENCE ERRBAR "
+    "CCTL PLOP3".split()
 )
-ELSEWHERE += ("SYNCS", "UTC", "HMMA", "HGMMA", "SHFL", "U", "R2UR", "FENCE", "CS2R", "ERRBAR", "CCTL", "PLOP3", "ATOM")
 MATRIX = {"HMMA": "mma.sync", "HGMMA": "wgmma", "UTCHMMA": "tcgen05"}
 
 

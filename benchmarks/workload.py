@@ -7,8 +7,9 @@ for: a `Case`, a `Workload`, and ``BASELINES``, the operator as one writes it wi
 from __future__ import annotations
 
 import copy
+import fnmatch
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -48,6 +49,12 @@ class Case(ABC):
     @abstractmethod
     def describe(self) -> str:
         """The layer in words."""
+
+
+def select(cases: Sequence[Case], patterns: Sequence[str]) -> list[Case]:
+    """Cases whose names match, in the order of the patterns."""
+    matching = (case for pattern in patterns for case in cases if fnmatch.fnmatchcase(case.name, pattern))
+    return list(dict.fromkeys(matching))
 
 
 class Workload(ABC):

@@ -28,7 +28,8 @@ PAIRS = {
     "four windows of 16": (8, 8, Partition.window(4), 4 * 16**2),
     "windows that the map cuts off": (6, 7, Partition.window(4), 16**2 + 12**2 + 8**2 + 6**2),
     "shifted": (8, 8, Partition.window(4, 2), 4 * 16**2),
-    "dilated, a group wholly outside": (5, 4, Partition.long(2, 4), 8 * 2**2 + 4 * 1 + 4 * 1),
+    # columns of 2, 1, 1 and 1 tokens, lines of 1, 1, 1 and none
+    "dilated, groups wholly outside": (5, 3, Partition.long(2, 4), (2**2 + 1 + 1 + 1) * 3),
     "one group": (3, 5, Partition.grid((3, 5)), 15**2),
 }
 
@@ -36,11 +37,6 @@ PAIRS = {
 @pytest.mark.parametrize("height, width, partition, pairs", PAIRS.values(), ids=PAIRS)
 def test_groups(roofline, height, width, partition, pairs):
     case, batch = groups(roofline, height, width, partition), 3
-    if "outside" not in str(partition):
-        index = case.partition.index(height, width)
-        counted = sum(int((row >= 0).sum()) ** 2 for row in index)
-        assert counted == pairs or height == 5
-        pairs = counted
     tensor = batch * height * width * 2 * 8 * 2  # bytes of bfloat16
     product = 2 * batch * 2 * 8 * pairs
     assert roofline.work(case, batch, "bfloat16", "fwd") == (4 * tensor, 2 * product, 0)
