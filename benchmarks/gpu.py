@@ -519,7 +519,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="walk through it on the CPU, without measuring anything")
     parser.add_argument("--out", type=Path, default=HERE / "results", metavar="FOLDER", help="benchmarks/results")
     parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if not args.minutes > 0:
+        parser.error(f"--minutes must be above 0, got {args.minutes:g}")
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -541,7 +544,15 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     device = "cpu" if args.dry_run else "cuda"
     capability = "" if args.dry_run else "{}.{}".format(*torch.cuda.get_device_capability())
-    record = Record(results_path(device, args.out), measure.machine(torch.device(device)))
+    path = results_path(device, args.out)
+    try:
+        record = Record(path, measure.machine(torch.device(device)))
+        record.save()
+    except (OSError, ValueError) as error:
+        print(
+            f"benchmarks/gpu.sh: {path} cannot be gone on with ({error}); --out names another folder", file=sys.stderr
+        )
+        return 2
     run, status = Run(record, args.dry_run, device, capability), 0
     print(f"results: {record.path}", file=sys.stderr)
     if "build" in args.part and not args.dry_run and _nvcc() is None:

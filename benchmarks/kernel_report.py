@@ -300,6 +300,12 @@ def main(argv: list[str] | None = None) -> int:
         names = fnmatch.filter(ahead_of_time.cases(args.chip[0]), args.case)
         print(json.dumps([row._asdict() for row in triton_kernels(args.chip[0], names)]))
         return 0
+    known = {
+        *(f"{size}, {dtype}" for size in SIZES for dtype in DTYPES),
+        *(name for chip in args.chip for name in ahead_of_time.cases(chip)),
+    }
+    if not any(fnmatch.fnmatchcase(name, args.case) for name in known):
+        parser.error(f"no case matches {args.case}; there are {', '.join(sorted(known))}")
     library = _cuda_library()
     if library is None and args.write:
         parser.error(

@@ -201,6 +201,10 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--device cuda: torch finds no CUDA device")
     dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     cases = workload.select(CASES, args.case)
+    if not cases:
+        parser.error(f"no case matches {' '.join(args.case)}; benchmarks/run.py --list prints the cases")
+    if args.batch is not None and args.batch < 1:
+        parser.error(f"--batch must be at least 1, got {args.batch}")
     rates = Rates.measured(device, [dtype])
     print(
         f"copy {rates.bandwidth / 1e9:.1f} GB/s, {dtype} products {rates.products[dtype] / 1e9:.0f} GFLOP/s, "

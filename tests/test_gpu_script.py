@@ -99,6 +99,21 @@ def test_unknown_parts_are_refused():
     assert done.returncode == 2 and "'build', 'tests', 'sanitize', 'repeat', 'sweep', 'models'" in done.stderr
 
 
+def test_bad_options_are_refused_in_a_line(gpu, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        gpu.main(["--dry-run", "--minutes", "0"])
+    assert "--minutes must be above 0, got 0" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    broken = gpu.results_path("cpu", tmp_path / "broken")
+    broken.parent.mkdir(parents=True)
+    broken.write_text("{")
+    for folder in ("file", "broken"):
+        assert gpu.main(["--dry-run", "--out", str(tmp_path / folder)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "cannot be gone on with" in line and "--out names another folder" in line
+    assert broken.read_text() == "{"  # what is there stays
+
+
 def test_a_build_that_fails_is_a_row(gpu, run, monkeypatch, tmp_path):
     monkeypatch.setattr(gpu, "_nvcc", lambda: None)
     broken = tmp_path / "setup.py"

@@ -171,3 +171,10 @@ def test_help_says_what_it_is_for(report, capsys):
     with pytest.raises(SystemExit):
         report.main(["--help"])
     assert re.search(r"--write\s+write docs/kernels.md", capsys.readouterr().out)
+
+
+def test_unknown_cases_are_refused(report, capsys):
+    pytest.importorskip("triton")
+    with pytest.raises(SystemExit):
+        report.main(["--chip", "90", "--case", "nothing"])
+    assert "no case matches nothing; there are" in capsys.readouterr().err

@@ -144,3 +144,10 @@ def test_every_case_has_a_floor(roofline, capsys):
             assert rates.floor(case, case.batch("cpu"), "float32", mode)[0] > 0
     assert roofline.main(["--case", "plain-*", "--device", "cpu", "--batch", "2"]) == 0
     assert len([line for line in capsys.readouterr().out.splitlines() if line.startswith("plain-")]) == 6
+
+
+@pytest.mark.parametrize("options, message", [(["--case", "x"], "no case matches x"), (["--batch", "0"], "at least 1")])
+def test_bad_options_are_refused(roofline, capsys, options, message):
+    with pytest.raises(SystemExit):
+        roofline.main(["--device", "cpu", *options])
+    assert message in capsys.readouterr().err
