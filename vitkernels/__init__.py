@@ -3,7 +3,7 @@
 A partition is an index map; attention inside a group is one kernel; everything else is vocabulary.
 """
 
-from ._dispatch import info
+from ._dispatch import info, use_backend
 from .cluster_attention import (
     FeatureSpaceAttention,
     balanced_clusters,
@@ -51,5 +51,6 @@ __all__ = [
     "pool_qkv",
     "pool_tokens",
     "pooled_attention",
+    "use_backend",
     "window_attention",
 ]

@@ -13,7 +13,8 @@ import inspect
 import os
 import platform
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -114,7 +115,50 @@ def absent(backend: str) -> str | None:
     return _ABSENT[backend]()
 
 
-def _default(device: torch.device, gpu: str) -> str:
+_FAMILIES = ("triton", "cpu", "reference")  # that every operator has
+_in_use: str | None = None  # what `use_backend` asks for
+
+
+@contextmanager
+def use_backend(backend: str | None) -> Iterator[None]:
+    """Within it, operators that are called without a backend, as layers and models do, run on this one.
+
+    ``with use_backend("reference"): model(images)`` runs a model unfused, from the same weights. An operator that
+    cannot run there refuses; the clustering, which has no Triton kernels, runs on what serves its device. A backend
+    that is given to an operator, a layer or a model comes before this one. It holds for all threads of the process,
+    and a graph that torch.compile made is compiled anew.
+
+    Args:
+        backend: "triton", "cpu" or "reference"; None chooses by device, as without it.
+
+    Raises:
+        ValueError: no such backend, or one that single operators have.
+    """
+    global _in_use
+    if backend is not None:
+        check_family(backend)
+    before, _in_use = _in_use, backend
+    try:
+        yield
+    finally:
+        _in_use = before
+
+
+def check_family(backend: object) -> None:
+    """``backend`` is one that every operator has."""
+    if backend not in _FAMILIES:
+        single = " (an operator takes it as its argument)" if backend in BACKENDS else ""
+        raise ValueError(f"backend must be one of {', '.join(_FAMILIES)} or None, got {backend!r}{single}")
+
+
+def asked(backend: str | None, gpu: str = "triton") -> str | None:
+    """``backend``, or else the one that `use_backend` asks for; None where the device decides."""
+    if backend is None and (_in_use != "triton" or gpu == "triton"):
+        return _in_use
+    return backend
+
+
+def default(device: torch.device, gpu: str) -> str:
     """CUDA tensors: ``gpu``; without its library, which is an option when vitkernels is built, the reference. CPU
     tensors: C++ if it is built, else the reference. Other devices: the reference.
     """
@@ -147,7 +191,8 @@ def select(
     gpu: str = "triton",
     others: tuple[str, ...] = (),
 ) -> str:
-    """The backend that runs operator ``name``: ``backend`` if it is given, else the device's own. Never another one.
+    """The backend that runs operator ``name``: ``backend`` if it is given, else what `use_backend` asks for, else the
+    device's own. Never another one.
 
     Args:
         refusal: says why a backend cannot run this call, or None.
@@ -160,7 +205,7 @@ def select(
     """
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, got {backend!r}")
-    chosen = backend or _default(device, gpu)
+    chosen = asked(backend, gpu) or default(device, gpu)
     if chosen == "reference":
         return chosen
     why = _without_kernels(chosen, gpu, others) or absent(chosen) or _wrong_device(chosen, device) or refusal(chosen)

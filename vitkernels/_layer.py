@@ -8,7 +8,12 @@ from . import _checks
 
 
 class AttentionLayer(nn.Module):
-    """A layer ``[B, H, W, C]`` to ``[B, H, W, C]``: its two projections, and the checks of its sizes and its input."""
+    """A layer ``[B, H, W, C]`` to ``[B, H, W, C]``: its two projections, and the checks of its sizes and its input.
+
+    ``backend``, an attribute, is that of its operators; None, which it is at first, chooses by device.
+    """
+
+    backend: str | None = None
 
     def __init__(self, dim: int, heads: int, *, qkv_bias: bool, scale: float | None, proj_drop: float):
         super().__init__()

@@ -82,6 +82,7 @@ class FeatureSpaceAttention(AttentionLayer):
             iterations=self.iterations,
             temperature=self.temperature,
             scale=self.scale,
+            backend=self.backend,
         )
 
     def _attend_in_pairs(self, qkv: Tensor) -> Tensor:  # [B, N, 3, heads, head_dim] -> [B, N, heads, head_dim]
@@ -99,6 +100,7 @@ class FeatureSpaceAttention(AttentionLayer):
             overlap=min(self.overlap, tokens),
             order=order,
             scale=self.scale,
+            backend=self.backend,
             check=False,
         )
         return out.unflatten(1, (2, tokens)).flatten(0, 1)

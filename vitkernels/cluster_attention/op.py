@@ -262,7 +262,7 @@ def feature_space_attention(
             raise ValueError("give order or cluster_by, not both: a given order leaves nothing to cluster")
         return _attend((qkv,), order, leaf_size, overlap, scale, backend, check)
     features = qkv[:, :, 0] if cluster_by is None else _check_features(cluster_by, qkv)
-    clustering = None if backend == "triton" else backend
+    clustering = _dispatch.default(qkv.device, "cuda") if backend == "triton" else backend
     order = balanced_clusters(
         features, leaf_size=leaf_size, iterations=iterations, temperature=temperature, backend=clustering
     )

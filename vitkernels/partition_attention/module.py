@@ -62,7 +62,8 @@ class LongShortDistanceAttention(AttentionLayer):
         self._check(x)
         qkv = self._project(x)
         partition = self._partition(*x.shape[1:3])
-        out = lsda_attention(qkv, self.pos, group_size=partition.group, interval=partition.interval, scale=self.scale)
+        sizes = {"group_size": partition.group, "interval": partition.interval}
+        out = lsda_attention(qkv, self.pos, **sizes, scale=self.scale, backend=self.backend)
         return self._merge(out)
 
     def extra_repr(self) -> str:
@@ -78,8 +79,9 @@ class _TableAttention(AttentionLayer):
         self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * group[0] - 1) * (2 * group[1] - 1), heads))
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
 
-    def _bias(self) -> Tensor:
-        return self.relative_position_bias_table.t().unflatten(1, tuple(2 * g - 1 for g in self.group))
+    def _attend(self, x: Tensor, partition: Partition) -> Tensor:  # [B, H, W, C] -> [B, H, W, heads, head_dim]
+        bias = self.relative_position_bias_table.t().unflatten(1, tuple(2 * g - 1 for g in self.group))
+        return partition_attention_qkvpacked(self._project(x), partition, bias, scale=self.scale, backend=self.backend)
 
 
 class WindowAttention(_TableAttention):
@@ -124,9 +126,7 @@ class WindowAttention(_TableAttention):
         if below or right:
             x = F.pad(x, (0, 0, 0, right, 0, below))
         shift = tuple(s if n > g else 0 for s, n, g in zip(self.shift, x.shape[1:3], self.group))
-        out = partition_attention_qkvpacked(
-            self._project(x), Partition.window(self.group, shift), self._bias(), scale=self.scale
-        )
+        out = self._attend(x, Partition.window(self.group, shift))
         return self._merge(out[:, :height, :width])
 
     def extra_repr(self) -> str:
@@ -169,9 +169,7 @@ class MaxSA(_TableAttention):
 
     def forward(self, x: Tensor) -> Tensor:
         self._check(x)
-        return self._merge(
-            partition_attention_qkvpacked(self._project(x), self.partition, self._bias(), scale=self.scale)
-        )
+        return self._merge(self._attend(x, self.partition))
 
     def extra_repr(self) -> str:
         mode = "block" if self.partition.interval == (1, 1) else "grid"
@@ -186,9 +184,9 @@ class _Stripes(nn.Module):
         self.partition = partition
         self.get_v = LocalPosition(dim)
 
-    def forward(self, qkv: Tensor, scale: float | None) -> Tensor:  # [B, H, W, 3, heads, head_dim]
+    def forward(self, qkv: Tensor, **options) -> Tensor:  # [B, H, W, 3, heads, head_dim]
         size = qkv.shape[1:3]
-        out = partition_attention_qkvpacked(qkv, self.partition, scale=scale)
+        out = partition_attention_qkvpacked(qkv, self.partition, **options)
         return out + self._position(qkv[:, :, :, 2], self.partition.on(*size))
 
     def _position(self, v: Tensor, stripes: Partition) -> Tensor:  # [B, H, W, heads, head_dim], and so is the result
@@ -241,7 +239,8 @@ class CrossShapedWindowAttention(AttentionLayer):
     def forward(self, x: Tensor) -> Tensor:
         self._check(x)
         halves = self._project(x).chunk(len(self.attns), -2)  # each [B, H, W, 3, heads / 2, head_dim]
-        return self._merge(torch.cat([attend(qkv, self.scale) for attend, qkv in zip(self.attns, halves)], -2))
+        options = {"scale": self.scale, "backend": self.backend}
+        return self._merge(torch.cat([attend(qkv, **options) for attend, qkv in zip(self.attns, halves)], -2))
 
     def extra_repr(self) -> str:
         across = "whole map" if len(self.attns) == 1 else self.attns[0].partition.group[1]

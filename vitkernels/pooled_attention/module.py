@@ -41,9 +41,13 @@ class MultiScaleAttention(nn.Module):
         proj_drop: dropout after the output projection.
         eps: of the norms.
 
+    ``backend``, an attribute, is that of its operators; None, which it is at first, chooses by device.
+
     Shape:
         ``forward(x, thw)``: ``[B, N, dim]`` and its map to ``[B, N', dim_out]`` and the map of the pooled queries.
     """
+
+    backend: str | None = None
 
     def __init__(
         self,
@@ -134,12 +138,12 @@ class MultiScaleAttention(nn.Module):
             raise ValueError(f"thw must have the {len(self.kernel_q)} axes of input_size, got {thw}")
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, self.head_dim))
         pools = (self._pool(*pool) for pool in self._pools())
-        (q, q_thw), (k, k_thw), (v, _) = pool_qkv(qkv, *pools, thw=thw, has_cls=self.has_cls, eps=self.eps)
+        how = {"has_cls": self.has_cls, "backend": self.backend}
+        (q, q_thw), (k, k_thw), (v, _) = pool_qkv(qkv, *pools, thw=thw, eps=self.eps, **how)
         tables = [getattr(self, f"rel_pos_{name}") for name in "thw"[-len(thw) :]]
         out = pooled_attention(
-            q, k, v, q_thw=q_thw, k_thw=k_thw, rel_pos=tables, has_cls=self.has_cls, residual=self.residual,
-            index=self.index,
-        )  # fmt: skip
+            q, k, v, q_thw=q_thw, k_thw=k_thw, rel_pos=tables, residual=self.residual, index=self.index, **how
+        )
         return self.proj_drop(self.proj(out.flatten(2))), q_thw
 
     @staticmethod

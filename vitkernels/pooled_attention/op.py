@@ -204,7 +204,7 @@ def pooled_attention(
     scale = _checks.check_scale(scale, q.shape[-1])
     q, k, v = _checks.follow_autocast(q, k, v)
     positions = any(table is not None for table in tables)
-    if backend is None and not positions and _plain(q, k):
+    if _dispatch.asked(backend) is None and not positions and _plain(q, k):
         backend = "sdpa"
     backend = _dispatch.select(
         "pooled_attention", q.device, backend, lambda backend: _refusal(backend, q, positions), others=("sdpa",)

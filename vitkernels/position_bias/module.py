@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import check_ints
+from .._dispatch import asked
 from ..partition import Size, as_pair
 from .op import evaluate
 
@@ -89,6 +90,7 @@ class DynamicPositionBias(nn.Module):
 
         Args, result and errors as of `dynamic_position_bias`.
         """
+        backend = asked(backend)
         stored = self._stored() if self.constant() else ()
         stamp = _stamp(stored) if stored else None
         if stamp is None:

@@ -1,0 +1,192 @@
+"""What the four families share: the model around the stages, stochastic depth, the MLP."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import _checks
+from .._dispatch import check_family
+from .._layer import AttentionLayer
+from ..pooled_attention import MultiScaleAttention
+
+
+class Model(nn.Module):
+    """Four stages, each with a map of half the last one's side, and a classifier on the last map.
+
+    A family fills in `_maps`, the map after every stage, and `_features`, what the classifier sees.
+
+    Attributes:
+        channels: of the map after each stage.
+        num_classes: of the classifier; 0 leaves it out, and the model returns what it would see.
+        features_only: whether the model returns the maps of the four stages instead, as detection and segmentation
+            want them; it then has neither a final norm nor a classifier.
+        backend: of all attention layers; None chooses by device.
+    """
+
+    channels: tuple[int, ...]
+    classifier: str = "head"  # the Linear that knows the classes
+    min_size: int = 4  # pixels, of the stem's stride
+    layout = "[B, channels, H, W]"
+
+    def __init__(self, num_classes: int, in_channels: int, features_only: bool):
+        super().__init__()
+        _checks.check_ints(num_classes=num_classes, in_channels=in_channels)
+        if num_classes < 0 or in_channels < 1:
+            raise ValueError(
+                f"num_classes must be at least 0 and in_channels at least 1, got {num_classes} and {in_channels}"
+            )
+        self.num_classes, self.in_channels, self.features_only = num_classes, in_channels, features_only
+        self._backend: str | None = None
+
+    @property
+    def backend(self) -> str | None:
+        return self._backend
+
+    @backend.setter
+    def backend(self, backend: str | None) -> None:
+        if backend is not None:
+            check_family(backend)
+        self._backend = backend
+        for module in self.modules():
+            if isinstance(module, (AttentionLayer, MultiScaleAttention)):
+                module.backend = backend
+
+    def _classifier(self, width: int) -> nn.Module:
+        return nn.Linear(width, self.num_classes) if self.num_classes else nn.Identity()
+
+    def _check(self, images: Tensor) -> None:
+        _checks.check_tensor("images", images, self.layout)
+        if images.shape[1] != self.in_channels:
+            raise ValueError(
+                f"images must be {self.layout} with {self.in_channels} channels, got {_checks.shape_of(images)}; "
+                f"create_model(..., in_channels={images.shape[1]}) makes a model for these"
+            )
+        if min(images.shape[-2:]) < self.min_size:
+            raise ValueError(
+                f"images must be at least {self.min_size} x {self.min_size} pixels, the stride of the stem, "
+                f"got {_checks.shape_of(images)}"
+            )
+
+    def _maps(self, images: Tensor) -> list[Tensor]:  # [B, C, H, W] after every stage
+        raise NotImplementedError
+
+    def _features(self, images: Tensor) -> Tensor:  # [B, C]
+        raise NotImplementedError
+
+    def forward(self, images: Tensor) -> Tensor | list[Tensor]:
+        self._check(images)
+        return self._maps(images) if self.features_only else self.head(self._features(images))
+
+
+class Stage(nn.Module):
+    """Blocks, and the way to the next stage."""
+
+    def __init__(self, blocks: Iterable[nn.Module], downsample: nn.Module | None = None):
+        super().__init__()
+        self.blocks, self.downsample = nn.ModuleList(blocks), downsample
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, H, W, C]
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class Pyramid(Model):
+    """A model of token maps ``[B, H, W, C]``: an embedding, stages, LayerNorm, mean, classifier."""
+
+    def _finish(self, embedding: nn.Module, stages: Iterable[Stage]) -> None:
+        """The last part of the constructor of a family that names its parameters as Swin does."""
+        self.patch_embed, self.layers = embedding, nn.ModuleList(stages)
+        if not self.features_only:
+            self.norm = nn.LayerNorm(self.channels[-1])
+            self.head = self._classifier(self.channels[-1])
+        initialise(self)
+
+    def _parts(self) -> tuple[nn.Module, nn.ModuleList]:
+        """The embedding and the stages."""
+        return self.patch_embed, self.layers
+
+    def _maps(self, images: Tensor) -> list[Tensor]:
+        embedding, stages = self._parts()
+        x, maps = embedding(images), []
+        for stage in stages:
+            x = stage(x)
+            maps.append(nchw(x))
+            if stage.downsample is not None:
+                x = stage.downsample(x)
+        return maps
+
+    def _features(self, images: Tensor) -> Tensor:
+        return self.norm(nhwc(self._maps(images)[-1])).mean((1, 2))
+
+
+def nchw(x: Tensor) -> Tensor:  # [B, H, W, C] -> [B, C, H, W]
+    return x.permute(0, 3, 1, 2)
+
+
+def nhwc(x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, H, W, C]
+    return x.permute(0, 2, 3, 1)
+
+
+def pad_to_multiple(x: Tensor, of: int) -> Tensor:  # [B, C, H, W]
+    """Zeros below and to the right of a map or an image whose sides do not divide."""
+    below, right = -x.shape[2] % of, -x.shape[3] % of
+    return F.pad(x, (0, right, 0, below)) if below or right else x
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (Huang et al., ECCV 2016): drops a residual branch of whole images, and scales the others."""
+
+    def __init__(self, rate: float):
+        super().__init__()
+        if not 0 <= rate < 1:
+            raise ValueError(f"drop_path must be at least 0 and below 1, got {rate}")
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.rate == 0:
+            return x
+        keep = x.new_empty((x.shape[0],) + (1,) * (x.dim() - 1)).bernoulli_(1 - self.rate)
+        return x * keep.div_(1 - self.rate)
+
+    def extra_repr(self) -> str:
+        return f"{self.rate:.3g}"
+
+
+def drop_path_rates(most: float, depths: Sequence[int]) -> Iterator[float]:
+    """The rate of every block: from 0 at the first to ``most`` at the last."""
+    blocks = sum(depths)
+    return (most * i / max(blocks - 1, 1) for i in range(blocks))
+
+
+class Mlp(nn.Module):
+    """Linear, GELU, Linear over the last dimension."""
+
+    def __init__(self, dim: int, hidden: int, out: int | None = None, *, approximate: str = "none"):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.act = nn.GELU(approximate)
+        self.fc2 = nn.Linear(hidden, out or dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+def initialise(model: nn.Module) -> None:
+    """Linear layers as all four papers' code has them: normal with deviation 0.02, truncated, no bias."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+def per_stage(name: str, value: object, stages: int) -> tuple:
+    """``value`` for each stage: one for all, or a sequence of as many."""
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value,) * stages
+    if len(values) != stages:
+        raise ValueError(f"{name} must be one value or one for each of the {stages} stages, got {value!r}")
+    return values

@@ -1,0 +1,316 @@
+"""Published checkpoints: reading a file, recognising whose weights it has, naming them as the models here do."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._blocks import Model
+from .boat import BoatCSWin, BoatSwin
+from .crossformer import CrossFormer
+from .maxvit import HEAD_DIM, MaxViT
+from .mvit import MViT
+
+State = dict[str, Tensor]
+Rule = tuple[str, "str | Callable[[re.Match], str]"]  # a pattern in a name, and what stands there instead
+
+
+class Loaded(NamedTuple):
+    """What `load_checkpoint` found: whose weights, and which entries of the file it left out."""
+
+    source: str
+    left_out: list[str]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How somebody names the parameters of a family."""
+
+    source: str
+    family: type[Model]
+    marks: tuple[str, ...]  # patterns that each match a name in such a file
+    rules: tuple[Rule, ...] = ()
+    extra: str = r"(?!)"  # buffers that the models here do not have
+    convert: Callable[[str, Tensor], Tensor] = lambda name, value: value  # by the name here
+    style: str | None = None  # of MaxViT
+
+    def fits(self, names: Iterable[str]) -> bool:
+        text = "\n".join(names)
+        return all(re.search(mark, text, re.MULTILINE) for mark in self.marks)
+
+    def rename(self, name: str) -> str:
+        for pattern, replacement in self.rules:
+            name = re.sub(pattern, replacement, name)
+        return name
+
+
+def _flip(name: str, value: Tensor) -> Tensor:
+    """TensorFlow's tables, ``[heads, 2P-1, 2P-1]`` by key minus query, as Swin's, ``[(2P-1)**2, heads]``."""
+    return value.flip(1, 2).permute(1, 2, 0).flatten(0, 1) if name.endswith("bias_table") else value
+
+
+def _three_major(name: str, value: Tensor) -> Tensor:
+    """Rows of a fused projection by (q, k or v; head) instead of (head; q, k or v)."""
+    if ".attn.qkv." not in name:
+        return value
+    return value.unflatten(0, (-1, 3, HEAD_DIM)).transpose(0, 1).flatten(0, 2)
+
+
+def _with_batch(name: str, value: Tensor) -> Tensor:
+    """Embeddings with a first dimension of one."""
+    missing = 3 - value.dim() if name.startswith(("cls_token", "pos_embed")) else 0
+    return value[(None,) * missing]
+
+
+_TIMM_MAXVIT: tuple[Rule, ...] = ((r"\.rel_pos\.", "."),)
+_TORCHVISION_MAXVIT: tuple[Rule, ...] = (
+    (r"^stem\.0\.0\.", "stem.conv1."),
+    (r"^stem\.0\.1\.", "stem.norm1."),
+    (r"^stem\.1\.0\.", "stem.conv2."),
+    (r"^blocks\.(\d+)\.layers\.(\d+)\.layers\.", r"stages.\1.blocks.\2."),
+    (r"\.MBconv\.proj\.1\.", ".conv.shortcut.expand."),
+    (r"\.MBconv\.layers\.", ".conv."),
+    (r"\.conv_a\.0\.", ".conv1_1x1."),
+    (r"\.conv_a\.1\.", ".norm1."),
+    (r"\.conv_b\.0\.", ".conv2_kxk."),
+    (r"\.conv_b\.1\.", ".norm2."),
+    (r"\.conv_c\.", ".conv3_1x1."),
+    (r"\.squeeze_excitation\.", ".se."),
+    (r"\.window_attention\.", ".attn_block."),
+    (r"\.grid_attention\.", ".attn_grid."),
+    (r"\.attn_layer\.0\.", ".norm1."),
+    (r"\.attn_layer\.1\.to_qkv\.", ".attn.qkv."),
+    (r"\.attn_layer\.1\.merge\.", ".attn.proj."),
+    (r"\.attn_layer\.1\.", ".attn."),
+    (r"\.mlp_layer\.0\.", ".norm2."),
+    (r"\.mlp_layer\.1\.", ".mlp.fc1."),
+    (r"\.mlp_layer\.3\.", ".mlp.fc2."),
+    (r"^classifier\.2\.", "head.norm."),
+    (r"^classifier\.3\.", "head.pre_logits.fc."),
+    (r"^classifier\.5\.", "head.fc."),
+)
+_TORCHVISION_MVIT: tuple[Rule, ...] = (
+    (r"^conv_proj\.", "patch_embed.proj."),
+    (r"^pos_encoding\.class_token$", "cls_token"),
+    (r"^pos_encoding\.(spatial|temporal|class)_pos$", r"pos_embed_\1"),
+    (r"\.attn\.project\.0\.", ".attn.proj."),
+    (r"\.attn\.pool_([qkv])\.pool\.", r".attn.pool_\1."),
+    (r"\.attn\.pool_([qkv])\.norm_act\.0\.", r".attn.norm_\1."),
+    (r"\.mlp\.0\.", ".mlp.fc1."),
+    (r"\.mlp\.3\.", ".mlp.fc2."),
+    (r"\.project\.", ".proj."),
+    (r"^head\.1\.", "head."),
+)
+_BOAT_CSWIN: tuple[Rule, ...] = (
+    (r"^stage1_conv_embed\.0\.", "patch_embed.conv."),
+    (r"^stage1_conv_embed\.2\.", "patch_embed.norm."),
+    (r"^stage(\d)\.(\d+)\.", lambda m: f"layers.{int(m[1]) - 1}.blocks.{m[2]}."),
+    (r"^merge(\d)\.", lambda m: f"layers.{int(m[1]) - 1}.downsample."),
+    (r"(\.blocks\.\d+)\.(qkv|proj|attns)\.", r"\1.attn.\2."),
+)
+
+# the first that fits
+LAYOUTS = (
+    Layout(
+        "CrossFormer", CrossFormer, (r"\.attn\.pos\.pos_proj\.",), extra=r"\.attn\.(biases|relative_position_index)$"
+    ),
+    Layout("BOAT-Swin", BoatSwin, (r"\.attnC\.",), extra=r"\.(relative_position_index|attn_mask)$"),
+    Layout("BOAT-CSWin", BoatCSWin, (r"^stage1_conv_embed\.", r"\.content_attn\."), _BOAT_CSWIN),
+    Layout("BOAT-CSWin of vitkernels", BoatCSWin, (r"\.attn\.attns\.", r"\.content_attn\.")),
+    Layout(
+        "timm's MaxViT (tf)",
+        MaxViT,
+        (r"^stem\.conv1\.bias$", r"\.rel_pos\.relative_position_bias_table$"),
+        _TIMM_MAXVIT,
+        convert=_flip,
+        style="tf",
+    ),
+    Layout(
+        "timm's MaxViT (rw)",
+        MaxViT,
+        (r"^stem\.conv1\.", r"\.rel_pos\.relative_position_bias_table$"),
+        _TIMM_MAXVIT,
+        convert=_three_major,
+        style="rw",
+    ),
+    Layout(
+        "torchvision's MaxViT",
+        MaxViT,
+        (r"\.MBconv\.",),
+        _TORCHVISION_MAXVIT,
+        extra=r"\.relative_position_index$",
+        style="torchvision",
+    ),
+    Layout("MaxViT of vitkernels", MaxViT, (r"\.attn_grid\.attn\.relative_position_bias_table$",)),
+    Layout("torchvision's MViT", MViT, (r"^conv_proj\.", r"\.pool_k\.pool\."), _TORCHVISION_MVIT, convert=_with_batch),
+    Layout("timm's MViTv2", MViT, (r"^stages\.", r"\.attn\.pool_k\."), ((r"^head\.fc\.", "head."),)),
+    Layout("MViT", MViT, (r"^blocks\.", r"\.attn\.pool_k\."), ((r"^head\.projection\.", "head."),)),
+)
+
+
+def _numbered(state: State) -> State:
+    """timm's stages of blocks as one sequence of blocks."""
+    places = [
+        (int(m[1]), int(m[2])) for m in (re.match(r"stages\.(\d+)\.blocks\.(\d+)\.", name) for name in state) if m
+    ]
+    index = {place: i for i, place in enumerate(sorted(set(places)))}
+
+    def place(m: re.Match) -> str:
+        return f"blocks.{index[int(m[1]), int(m[2])]}."
+
+    rules = ((r"^stages\.(\d+)\.blocks\.(\d+)\.", place), (r"\.shortcut_proj_(attn|mlp)\.", ".proj."))
+    return {Layout("", MViT, (), rules).rename(name): value for name, value in state.items()}
+
+
+class _Settings(dict):
+    """Stands for yacs' CfgNode, which some checkpoints carry, so that reading them runs none of its code."""
+
+
+def _read(path: Path) -> object:
+    if path.suffix == ".safetensors":
+        try:
+            from safetensors import SafetensorError
+            from safetensors.torch import load_file
+        except ImportError:
+            raise ImportError(f"{path} needs safetensors: pip install safetensors") from None
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is no whole safetensors file: {error}") from None
+    try:
+        with torch.serialization.safe_globals([(_Settings, "yacs.config.CfgNode")]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        what = re.search(r"GLOBAL (\S+)", str(error))
+        held = f"it holds objects of {what[1]}, and only tensors and plain data are read" if what else "it is damaged"
+        raise ValueError(f"{path} cannot be read: {held}") from None
+    except (EOFError, RuntimeError) as error:
+        raise ValueError(f"{path} is no whole PyTorch file: {str(error).splitlines()[0]}") from None
+
+
+_ENTRIES = ("model", "state_dict", "model_state", "module")  # of a training checkpoint, where the weights are
+_PREFIXES = ("module.", "_orig_mod.", "backbone.", "model.", "encoder.")
+
+
+def _weights(file: object, path: Path, entry: str | None) -> State:
+    """The tensors of a checkpoint by name, without what wrapped the model."""
+    if not isinstance(file, dict):
+        raise ValueError(f"{path} holds a {type(file).__name__}, expected parameters by name")
+    entries = [entry] if entry is not None else [name for name in _ENTRIES if isinstance(file.get(name), dict)][:1]
+    if entry is not None and not isinstance(file.get(entry), dict):
+        raise ValueError(f"{path} has no parameters under {entry!r}; it has {', '.join(map(str, file)) or 'nothing'}")
+    state = file[entries[0]] if entries else file
+    state = {name: value for name, value in state.items() if isinstance(name, str)}
+    if strange := [name for name, value in state.items() if not isinstance(value, Tensor)]:
+        raise ValueError(f"{path} holds no parameters by name: {_some(strange)} are not tensors")
+    stripped = True
+    while stripped:
+        stripped = False
+        for prefix in _PREFIXES:
+            if any(name.startswith(prefix) for name in state):
+                state = {name.removeprefix(prefix): v for name, v in state.items() if name.startswith(prefix)}
+                stripped = True
+    return state
+
+
+def _some(names: Iterable[str], most: int = 5) -> str:
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(str, names[:most])) + more
+
+
+def load_checkpoint(model: Model, path: str | PathLike, *, drop_head: bool = False, entry: str | None = None) -> Loaded:
+    """Load weights into a model of `create_model`, the published ones under the names that their authors gave them.
+
+    Recognised: official CrossFormer and CrossFormer++ (also backbones of detectors), BOAT-Swin and BOAT-CSWin; timm's
+    MaxViT (tf and rw) and MViTv2; torchvision's maxvit_t, mvit_v1_b and mvit_v2_s; SlowFast's MViT and MViTv2; and what
+    the models here save. Nothing is downloaded, nothing but tensors and plain data is read, and nothing is changed
+    unless everything fits.
+
+    Args:
+        model: where they go; its arguments must be those that the weights were made with. A model with
+            ``features_only`` takes no final norm and no classifier from the file.
+        path: a ``.safetensors`` file, or one of `torch.save` (``.pth``, ``.pyth``, ``.pt`` ...).
+        drop_head: leave out the last Linear of the classifier, for a model with classes of its own.
+        entry: where in the file the weights are, ``"state_dict_ema"``, say; None looks under model, state_dict,
+            model_state and module.
+
+    Returns:
+        Whose weights they are, and the entries of the file that were left out: buffers that these models do not have,
+        and what ``drop_head`` and ``features_only`` leave out.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a file that cannot be read, that is of another family, or whose parameters are not the model's: the
+            message names them.
+        ImportError: a safetensors file without safetensors.
+    """
+    if not isinstance(model, Model):
+        raise TypeError(f"model must be one of vitkernels.models, got {type(model).__name__}")
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    own = model.state_dict()
+    if any(value.is_meta for value in own.values()):
+        raise ValueError("the model is on the meta device; model.to_empty(device=...) gives it memory")
+    state = _weights(_read(path), path, entry)
+    layout = next((layout for layout in LAYOUTS if layout.fits(state)), None)
+    if layout is None:
+        known = ", ".join(layout.source for layout in LAYOUTS if "vitkernels" not in layout.source)
+        raise ValueError(f"{path} has weights of none of {known}; its names begin with {_some(state) or 'nothing'}")
+    if not isinstance(model, layout.family):
+        raise ValueError(f"{path} has the weights of {layout.source}, the model is a {type(model).__name__}")
+    if layout.style not in (None, getattr(model, "style", None)):
+        raise ValueError(
+            f"{path} has the weights of {layout.source}, the model computes in the style {model.style!r}; "
+            f"create_model(..., style={layout.style!r}) makes one for them"
+        )
+    if layout.source.startswith("timm's MViT"):
+        state = _numbered(state)
+    found, left_out = {}, []
+    dropped = (("norm.", "head.") if model.features_only else ()) + (
+        (f"{model.classifier}.",) if drop_head or not model.num_classes else ()
+    )
+    for name, value in state.items():
+        new = layout.rename(name)
+        if re.search(layout.extra, name) or new.startswith(dropped):
+            left_out.append(name)
+        else:
+            found[new] = layout.convert(new, value)
+    kept = {n for n in own if n.endswith("num_batches_tracked") or (drop_head and n.startswith(dropped))} - found.keys()
+    _compare(own.keys() - kept, own, found, path, layout.source, model)
+    model.load_state_dict({**{name: own[name] for name in kept}, **found})
+    return Loaded(layout.source, left_out)
+
+
+def _compare(expected: set[str], own: State, found: State, path: Path, source: str, model: Model) -> None:
+    """Refuse parameters that are not the model's."""
+    shapes = [
+        f"{name} is {list(found[name].shape)} in the file, {list(own[name].shape)} in the model"
+        for name in own
+        if name in found and found[name].shape != own[name].shape
+    ]
+    faults = [
+        ("absent from the file", sorted(expected - found.keys())),
+        ("unknown to the model", sorted(found.keys() - own.keys())),
+        ("of another shape", shapes),
+    ]
+    if not any(names for _, names in faults):
+        return
+    text = "; ".join(f"{len(names)} {what}: {_some(names)}" for what, names in faults if names)
+    last = [name for name in own if name.startswith(f"{model.classifier}.")]
+    only_head = len(shapes) and all(shape.split(" ")[0] in last for shape in shapes)
+    hint = (
+        "drop_head=True keeps the model's own classifier"
+        if only_head and not any(n for _, n in faults[:2])
+        else ("the arguments of create_model (depths, window_size, num_classes ...) must be those of the weights")
+    )
+    raise ValueError(f"the weights of {source} in {path} do not fit this {type(model).__name__}: {text}. {hint}")
