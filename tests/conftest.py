@@ -75,6 +75,15 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+@pytest.fixture(params=[None, "reference"], ids=["default", "reference"])
+def backend(request):
+    """The backend that layers run on."""
+    from vitkernels import use_backend
+
+    with use_backend(request.param):
+        yield request.param
+
+
 @pytest.fixture(autouse=True)
 def poison():
     """`torch.empty` returns NaN-filled memory, in C++ too, so that an output nobody writes cannot pass."""

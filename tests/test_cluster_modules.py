@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from conftest import restored
 from golden import assert_golden
-from torch import nn
 
 from vitkernels import (
     CrossShapedWindowAttention,
@@ -21,37 +20,12 @@ from vitkernels import (
     balanced_clusters,
     cluster_attention,
 )
+from vitkernels.models.boat import CSWinBlock, SwinBlock
 
 needs_native = pytest.mark.skipif(
     _dispatch.absent("cpu") is not None,
     reason=f"the reference of the clustering is not captured: {_dispatch.absent('cpu')}",
 )
-
-
-@pytest.fixture(params=[None, "reference"], ids=["default", "reference"])
-def backend(request, monkeypatch):
-    """The backend that the layers run on; they have no argument for it."""
-    if request.param:
-        monkeypatch.setattr(_dispatch, "_default", lambda device, gpu: request.param)
-
-
-class Block(nn.Module):
-    """``x += layer(norm(x))`` for every pair in turn, the last being the MLP; names are the official ones."""
-
-    def __init__(self, dim: int, hidden: int, **attention: tuple[str, nn.Module]):
-        super().__init__()
-        mlp = nn.Sequential()
-        for name, layer in (("fc1", nn.Linear(dim, hidden)), ("act", nn.GELU()), ("fc2", nn.Linear(hidden, dim))):
-            mlp.add_module(name, layer)
-        self.order = list({**attention, "mlp": ("norm2", mlp)}.items())
-        for name, (norm, layer) in self.order:
-            self.add_module(norm, nn.LayerNorm(dim))
-            self.add_module(name, layer)
-
-    def forward(self, x):
-        for _, (norm, layer) in self.order:
-            x = x + layer(getattr(self, norm)(x))
-        return x
 
 
 def inside(layer: str):
@@ -67,13 +41,16 @@ def test_golden_feature_space_attention(name, golden, backend):
     assert_golden(FeatureSpaceAttention(config["dim"], config["heads"]), (side, side), meta, data)
 
 
+def mlp_ratio(config: dict, data: dict) -> float:
+    return data["sd.mlp.fc1.bias"].numel() / config["dim"]
+
+
 def test_golden_boat_swin_block(golden, backend):
     meta, data = golden("boat_swin_block")
     config = meta["config"]
     dim, heads = config["dim"], config["heads"]
     windows, clusters = WindowAttention(dim, heads, 7, config["shift"]), FeatureSpaceAttention(dim, heads)
-    hidden = data["sd.mlp.fc1.bias"].numel()
-    block = Block(dim, hidden, attn=("norm1", windows), attnC=("norm4", clusters))
+    block = SwinBlock(windows, clusters, mlp_ratio(config, data), 0.0)
     assert_golden(block, (config["H"], config["W"]), meta, data)
 
 
@@ -83,8 +60,7 @@ def test_golden_boat_cswin_block(golden, backend):
     dim, heads = config["dim"], config["heads"]
     stripes = CrossShapedWindowAttention(dim, heads, config["split"])
     clusters = FeatureSpaceAttention(dim, heads, scale=1.0, pair_across_batch=True)
-    hidden = data["sd.mlp.fc1.bias"].numel()
-    block = Block(dim, hidden, attn=("norm1", stripes), content_attn=("norm3", clusters))
+    block = CSWinBlock(stripes, clusters, mlp_ratio(config, data), 0.0)
     assert_golden(block, (config["H"], config["W"]), meta, data, inside("attn"))
 
 
@@ -92,7 +68,7 @@ def test_golden_cswin_block(golden, backend):
     meta, data = golden("cswin_block")
     config = meta["config"]
     stripes = CrossShapedWindowAttention(config["dim"], config["heads"], config["split"])
-    block = Block(config["dim"], data["sd.mlp.fc1.bias"].numel(), attn=("norm1", stripes))
+    block = CSWinBlock(stripes, None, mlp_ratio(config, data), 0.0)
     assert_golden(block, (config["H"], config["W"]), meta, data, inside("attn"))
 
 

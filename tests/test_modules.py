@@ -12,28 +12,9 @@ from golden import assert_golden
 from torch import nn
 
 from vitkernels import LongShortDistanceAttention, MaxSA, WindowAttention, window_attention
+from vitkernels.models.crossformer import Block
 
 GOLDEN = ["sda", "lda_i2", "lda_i3", "small_map", "v1_lda_i4", "acl"]
-
-
-class Block(nn.Module):
-    """CrossFormer's block around the layer, with the official parameter names; the cooling layer where the weights
-    have one.
-    """
-
-    def __init__(self, attention: nn.Module, dim: int, hidden: int, cooling: bool):
-        super().__init__()
-        self.norm1, self.attn, self.norm2 = nn.LayerNorm(dim), attention, nn.LayerNorm(dim)
-        self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, hidden), "fc2": nn.Linear(hidden, dim)})
-        if cooling:
-            self.ex_conv, self.ex_ln = nn.Conv2d(dim, dim, 3, padding=1, groups=dim), nn.LayerNorm(dim)
-
-    def forward(self, x):
-        x = x + self.attn(self.norm1(x))
-        x = x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
-        if hasattr(self, "ex_conv"):
-            x = self.ex_ln(self.ex_conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
-        return x
 
 
 @pytest.mark.parametrize("name", GOLDEN)
@@ -44,7 +25,7 @@ def test_golden_crossformer_block(name, golden):
     interval = int(config["interval"]) if config["type"] == "lda" else 1
     group = None if config["variant"].startswith("v1") and interval > 1 else int(config["group"])
     layer = LongShortDistanceAttention(dim, int(config["heads"]), group, interval)
-    block = Block(layer, dim, data["sd.mlp.fc1.bias"].numel(), "sd.ex_ln.bias" in data)
+    block = Block(layer, data["sd.mlp.fc1.bias"].numel() / dim, 0.0, "sd.ex_ln.bias" in data)
     assert_golden(block, (height, width), meta, data)
 
 

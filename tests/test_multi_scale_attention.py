@@ -16,36 +16,9 @@ from golden import assert_golden
 from torch import nn
 from torch.func import functional_call
 
-from vitkernels import MultiScaleAttention, Pool, _dispatch, pool_qkv, pool_tokens, pooled_attention
+from vitkernels import MultiScaleAttention, Pool, pool_qkv, pooled_attention
+from vitkernels.models.mvit import Block
 from vitkernels.pooled_attention.reference import relative_index
-
-
-@pytest.fixture(params=[None, "reference"], ids=["default", "reference"])
-def backend(request, monkeypatch):
-    """The backend that the layers run on; they have no argument for it."""
-    if request.param:
-        monkeypatch.setattr(_dispatch, "_default", lambda device, gpu: request.param)
-
-
-class Block(nn.Module):
-    """MViTv2's block around the layer, which widens, with the official parameter names."""
-
-    def __init__(self, attention: MultiScaleAttention, hidden: int):
-        super().__init__()
-        dim, wide = attention.dim, attention.dim_out
-        self.norm1, self.attn, self.norm2 = nn.LayerNorm(dim, eps=1e-6), attention, nn.LayerNorm(wide, eps=1e-6)
-        self.proj = nn.Linear(dim, wide)
-        self.mlp = nn.ModuleDict({"fc1": nn.Linear(wide, hidden), "fc2": nn.Linear(hidden, wide)})
-
-    def forward(self, x, thw):
-        normed = self.norm1(x)
-        attended, size = self.attn(normed, thw)
-        stride = self.attn.stride_q
-        skip = self.proj(normed).unsqueeze(2)  # a head
-        window = [s + 1 if s > 1 else 1 for s in stride]
-        skip, _ = pool_tokens(skip, thw=thw, kernel=window, stride=stride, mode="max", has_cls=self.attn.has_cls)
-        x = skip.squeeze(2) + attended
-        return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x)))), size
 
 
 def golden_layer(config: dict, index: str) -> MultiScaleAttention:
@@ -73,7 +46,8 @@ def test_golden_attention(name, index, golden, backend):
 def test_golden_block(golden, backend):
     meta, data = golden("mvit_block_v2")
     config = meta["config"]
-    block = Block(golden_layer(config, "exact"), data["sd.mlp.fc1.bias"].numel())
+    ratio = data["sd.mlp.fc1.bias"].numel() / config["dim_out"]
+    block = Block(config["dim"], config["dim_out"], golden_layer(config, "exact"), ratio, 0.0)
     assert_golden(block, config["thw"], meta, data)
 
 

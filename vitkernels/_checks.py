@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -102,6 +103,12 @@ def follow_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager:
+    """Within it, operations on ``device`` keep the dtype of their inputs."""
+    known = torch.amp.is_autocast_available(device.type)  # the meta device has none
+    return torch.autocast(device.type, enabled=False) if known else nullcontext()
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:

@@ -81,7 +81,7 @@ def balanced_clusters(
     backend = _dispatch.select("balanced_clusters", x.device, backend, lambda b: _refusal(b, x), gpu="cuda")
     x = x.detach()
     if backend == "reference":
-        with torch.autocast(x.device.type, enabled=False):
+        with _checks.no_autocast(x.device):
             return _reference(x, leaf_size, iterations, temperature)
     if x.dtype == torch.float64:
         x = x.float()

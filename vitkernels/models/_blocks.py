@@ -60,9 +60,14 @@ class Model(nn.Module):
     def _check(self, images: Tensor) -> None:
         _checks.check_tensor("images", images, self.layout)
         if images.shape[1] != self.in_channels:
+            last = images.shape[-1] == self.in_channels
+            hint = (
+                "channels come before height and width: permute them"
+                if last
+                else f"create_model(..., in_channels={images.shape[1]}) makes a model for these"
+            )
             raise ValueError(
-                f"images must be {self.layout} with {self.in_channels} channels, got {_checks.shape_of(images)}; "
-                f"create_model(..., in_channels={images.shape[1]}) makes a model for these"
+                f"images must be {self.layout} with {self.in_channels} channels, got {_checks.shape_of(images)}; {hint}"
             )
         if min(images.shape[-2:]) < self.min_size:
             raise ValueError(

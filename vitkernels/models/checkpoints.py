@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from os import PathLike
@@ -170,8 +171,11 @@ def _numbered(state: State) -> State:
     return {Layout("", MViT, (), rules).rename(name): value for name, value in state.items()}
 
 
-class _Settings(dict):
-    """Stands for yacs' CfgNode, which some checkpoints carry, so that reading them runs none of its code."""
+class _Settings:
+    """Stands for yacs' CfgNode, which some checkpoints carry: a plain mapping, so that none of its code runs."""
+
+    def __new__(cls) -> OrderedDict:  # of the mappings, the one that torch.load fills and gives attributes
+        return OrderedDict()
 
 
 def _read(path: Path) -> object:
@@ -188,12 +192,13 @@ def _read(path: Path) -> object:
     try:
         with torch.serialization.safe_globals([(_Settings, "yacs.config.CfgNode")]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        what = re.search(r"GLOBAL (\S+)", str(error))
-        held = f"it holds objects of {what[1]}, and only tensors and plain data are read" if what else "it is damaged"
-        raise ValueError(f"{path} cannot be read: {held}") from None
-    except (EOFError, RuntimeError) as error:
-        raise ValueError(f"{path} is no whole PyTorch file: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # what comes of half a file, or of another kind of file, is not foreseeable
+        what = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        if what:
+            why = f"it holds objects of {what[1]}, and only tensors and plain data are read"
+        else:
+            why = f"it is no whole file of torch.save ({type(error).__name__})"
+        raise ValueError(f"{path} cannot be read: {why}") from error
 
 
 _ENTRIES = ("model", "state_dict", "model_state", "module")  # of a training checkpoint, where the weights are

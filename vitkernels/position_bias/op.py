@@ -99,7 +99,7 @@ def evaluate(mlp: tuple[Tensor, ...], group_size: Size, residual: bool, backend:
     device = mlp[0].device
     backend = _dispatch.select("dynamic_position_bias", device, backend, lambda backend: _refusal(backend, mlp))
     if backend == "reference":
-        with torch.autocast(device.type, enabled=False):
+        with _checks.no_autocast(device):
             return _reference(mlp, group, residual)
     run = _DynamicPositionBias.apply if torch.is_grad_enabled() else _DynamicPositionBias.forward
     return run(backend, residual, group, *mlp)

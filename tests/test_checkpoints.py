@@ -1,0 +1,340 @@
+"""load_checkpoint: files as their authors write them, and files that must be refused with nothing changed."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import types
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from vitkernels.models import create_model, load_checkpoint
+
+TINY: dict[str, dict] = {
+    "crossformer_pp_small": dict(embed_dim=16, depths=(1, 4, 1, 1), heads=(1, 2, 2, 4)),
+    "boat_swin_tiny": dict(embed_dim=16, depths=(2, 2, 1, 1), heads=(1, 2, 2, 4)),
+    "boat_cswin_tiny": dict(embed_dim=16, depths=(1, 2, 1, 1), heads=(2, 2, 2, 4)),
+    "maxvit_tiny": dict(embed_dim=(32, 64, 64, 64), depths=(2, 1, 1, 1), stem_width=16),
+    "mvit_v2_tiny": dict(embed_dim=16, depths=(1, 2, 1, 1), image_size=64),
+    "mvit_v1_base_16x4": dict(embed_dim=16, depths=(1, 2, 1, 1), image_size=64, frames=4),
+}
+FORMATS = {"maxvit_tiny": ("tf", "rw", "torchvision")}
+
+
+def build(name: str, seed: int, **options) -> nn.Module:
+    torch.manual_seed(seed)
+    model = create_model(name, **{"num_classes": 5, **TINY[name], **options})
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.5)
+    return model
+
+
+def substitute(state: dict[str, Tensor], *rules: tuple[str, str | Callable]) -> dict[str, Tensor]:
+    found = {}
+    for name, value in state.items():
+        for pattern, replacement in rules:
+            name = re.sub(pattern, replacement, name)
+        found[name] = value
+    return found
+
+
+def official_crossformer(model: nn.Module) -> dict:
+    """The first official code keeps buffers, and its trainer a configuration."""
+    state = model.state_dict()
+    for name in [n for n in state if n.endswith("attn.proj.bias")]:
+        attn = name.removesuffix(".proj.bias")
+        state |= {f"{attn}.biases": torch.zeros(169, 2), f"{attn}.relative_position_index": torch.zeros(49, 49)}
+    return {"model": state, "optimizer": {"state": {}}, "epoch": 299, "config": argparse.Namespace()}
+
+
+def detector(model: nn.Module) -> dict:
+    """A detector that was trained in parallel: its backbone has no final norm and no classifier."""
+    state = {n: v for n, v in model.state_dict().items() if not n.startswith(("norm.", "head."))}
+    state = {f"module.backbone.{name}": value for name, value in state.items()}
+    return {"state_dict": {**state, "module.neck.conv.weight": torch.zeros(3)}, "meta": {"epoch": 12}}
+
+
+def official_boat_swin(model: nn.Module) -> dict:
+    state = model.state_dict()
+    for name in [n for n in state if n.endswith("relative_position_bias_table")]:
+        attn = name.removesuffix(".relative_position_bias_table")
+        state[f"{attn}.relative_position_index"] = torch.zeros(49, 49)
+        state[f"{attn.removesuffix('.attn')}.attn_mask"] = torch.zeros(64, 49, 49)
+    return {"model": state}
+
+
+def official_boat_cswin(model: nn.Module) -> dict:
+    def stage(m: re.Match) -> str:
+        return f"stage{int(m[1]) + 1}.{m[2]}."
+
+    return {
+        "state_dict": substitute(
+            model.state_dict(),
+            (r"^patch_embed\.conv", "stage1_conv_embed.0"),
+            (r"^patch_embed\.norm", "stage1_conv_embed.2"),
+            (r"^layers\.(\d)\.blocks\.(\d+)\.", stage),
+            (r"^layers\.(\d)\.downsample", lambda m: f"merge{int(m[1]) + 1}"),
+            (r"^(stage\d\.\d+)\.attn\.", r"\1."),
+        ),
+        "epoch": 1,
+    }
+
+
+def timm_maxvit(model: nn.Module) -> dict:
+    """Tables by key minus query; in timm's own models the projection's rows are by heads first."""
+    found = {}
+    for name, value in model.state_dict().items():
+        if name.endswith("table"):
+            name = name.replace(".relative", ".rel_pos.relative")
+            if model.style == "tf":
+                side = int(value.shape[0] ** 0.5)
+                value = value.t().unflatten(1, (side, side)).flip(1, 2)
+        if model.style == "rw" and ".qkv." in name:
+            value = value.unflatten(0, (3, -1, 32)).transpose(0, 1).flatten(0, 2)
+        found[name] = value
+    return found
+
+
+def torchvision_maxvit(model: nn.Module) -> dict:
+    theirs = {
+        "stem.conv1": "stem.0.0", "stem.norm1": "stem.0.1", "stem.conv2": "stem.1.0", "shortcut.expand": "proj.1",
+        "conv1_1x1": "layers.conv_a.0", "conv2_kxk": "layers.conv_b.0", "conv3_1x1": "layers.conv_c",
+        "conv.norm1": "conv.layers.conv_a.1", "conv.norm2": "conv.layers.conv_b.1",
+        "conv.pre_norm": "conv.layers.pre_norm", "se": "layers.squeeze_excitation", "conv": "MBconv",
+        "norm1": "attn_layer.0", "attn.qkv": "attn_layer.1.to_qkv", "attn.proj": "attn_layer.1.merge",
+        "attn": "attn_layer.1", "norm2": "mlp_layer.0", "mlp.fc1": "mlp_layer.1", "mlp.fc2": "mlp_layer.3",
+        "attn_block": "window_attention", "attn_grid": "grid_attention", "head.norm": "classifier.2",
+        "head.pre_logits.fc": "classifier.3", "head.fc": "classifier.5",
+    }  # fmt: skip
+    rules = [(rf"(^|(?<=\.)){re.escape(ours)}(?=\.)", name) for ours, name in theirs.items()]
+    state = substitute(model.state_dict(), *rules, (r"^stages\.(\d+)\.blocks\.(\d+)", r"blocks.\1.layers.\2.layers"))
+    for name in [n for n in state if n.endswith("table")]:
+        state[name.replace("bias_table", "index")] = torch.zeros(49, 49)
+    return state
+
+
+def slowfast(model: nn.Module) -> dict:
+    return {"model_state": substitute(model.state_dict(), (r"^head\.", "head.projection.")), "cfg": "NUM_GPUS: 8\n"}
+
+
+def torchvision_mvit(model: nn.Module) -> dict:
+    state = substitute(
+        model.state_dict(),
+        (r"^patch_embed\.proj", "conv_proj"),
+        (r"^cls_token", "pos_encoding.class_token"),
+        (r"^pos_embed_(\w+)", r"pos_encoding.\1_pos"),
+        (r"\.mlp\.fc1", ".mlp.0"),
+        (r"\.mlp\.fc2", ".mlp.3"),
+        (r"(blocks\.\d+)\.proj", r"\1.project"),
+        (r"\.attn\.proj", ".attn.project.0"),
+        (r"\.norm_([qkv])", r".pool_\1.norm_act.0"),
+        (r"\.pool_([qkv])\.weight", r".pool_\1.pool.weight"),
+        (r"^head", "head.1"),
+    )
+    return {name: v.flatten(0, v.dim() - 2).squeeze(0) if name.startswith("pos_") else v for name, v in state.items()}
+
+
+def timm_mvit(model: nn.Module) -> dict:
+    places = [f"stages.{s}.blocks.{b}" for s, depth in enumerate(model.depths) for b in range(depth)]
+    return substitute(
+        model.state_dict(),
+        (r"(blocks\.\d+)\.proj", r"\1.shortcut_proj_attn"),
+        (r"^blocks\.(\d+)", lambda m: places[int(m[1])]),
+        (r"^head", "head.fc"),
+    )
+
+
+def same(model: nn.Module) -> dict:
+    return {"model": model.state_dict(), "epoch": 3}
+
+
+WRITTEN: dict[str, tuple[str, dict, Callable[[nn.Module], dict]]] = {
+    "CrossFormer": ("crossformer_pp_small", {}, official_crossformer),
+    "BOAT-Swin": ("boat_swin_tiny", {}, official_boat_swin),
+    "BOAT-CSWin": ("boat_cswin_tiny", {}, official_boat_cswin),
+    "timm's MaxViT (tf)": ("maxvit_tiny", {}, timm_maxvit),
+    "timm's MaxViT (rw)": ("maxvit_tiny", {"style": "rw"}, timm_maxvit),
+    "torchvision's MaxViT": ("maxvit_tiny", {"style": "torchvision"}, torchvision_maxvit),
+    "MViT": ("mvit_v1_base_16x4", {}, slowfast),
+    "torchvision's MViT": ("mvit_v1_base_16x4", {}, torchvision_mvit),
+    "timm's MViTv2": ("mvit_v2_tiny", {}, timm_mvit),
+    "BOAT-CSWin of vitkernels": ("boat_cswin_tiny", {}, same),
+    "MaxViT of vitkernels": ("maxvit_tiny", {}, same),
+}
+
+
+def assert_same(model: nn.Module, other: nn.Module, but: tuple[str, ...] = ()) -> None:
+    expected = other.state_dict()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, expected[name]) != name.startswith(but or ("-",)), name
+
+
+@pytest.mark.parametrize("source", WRITTEN)
+def test_published_names(source, tmp_path):
+    name, options, write = WRITTEN[source]
+    theirs, ours = build(name, 1, **options), build(name, 2, **options)
+    file = write(theirs)
+    if source == "CrossFormer":
+        file["config"] = {"EPOCHS": 300}
+    torch.save(file, tmp_path / "weights.pth")
+    found = load_checkpoint(ours, tmp_path / "weights.pth")
+    assert found.source == source
+    assert_same(ours, theirs)
+    buffers = ("biases", "relative_position_index", "attn_mask")
+    assert all(name.endswith(buffers) for name in found.left_out)
+    assert bool(found.left_out) == (source in ("CrossFormer", "BOAT-Swin", "torchvision's MaxViT"))
+
+
+def test_safetensors(tmp_path):
+    save = pytest.importorskip("safetensors.torch").save_file
+    theirs, ours = build("mvit_v2_tiny", 1), build("mvit_v2_tiny", 2)
+    save({name: value.contiguous() for name, value in timm_mvit(theirs).items()}, tmp_path / "model.safetensors")
+    assert load_checkpoint(ours, tmp_path / "model.safetensors").source == "timm's MViTv2"
+    assert_same(ours, theirs)
+
+
+def test_backbones(tmp_path):
+    """A detector's goes into a backbone, a classifier's too; what the backbone does not have is left out."""
+    theirs = build("crossformer_pp_small", 1)
+    torch.save(detector(theirs), tmp_path / "detector.pth")
+    torch.save(same(theirs), tmp_path / "classifier.pth")
+    for file, left_out in (("detector.pth", 0), ("classifier.pth", 4)):
+        ours = build("crossformer_pp_small", 2, features_only=True)
+        assert len(load_checkpoint(ours, tmp_path / file).left_out) == left_out
+        assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("name, head", [("crossformer_pp_small", "head."), ("maxvit_tiny", "head.fc.")])
+def test_own_classes(name, head, tmp_path):
+    theirs, ours = build(name, 1), build(name, 2, num_classes=7)
+    torch.save(same(theirs), tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match=rf"{re.escape(head)}weight is \[5, \d+\] in the file, \[7, .* drop_head=True"):
+        load_checkpoint(ours, tmp_path / "weights.pth")
+    before = {n: v.clone() for n, v in ours.state_dict().items() if n.startswith(head)}
+    load_checkpoint(ours, tmp_path / "weights.pth", drop_head=True)
+    kept = {n: v for n, v in ours.state_dict().items() if n.startswith(head)}
+    assert all(torch.equal(kept[n], v) for n, v in before.items())
+    expected = theirs.state_dict()
+    assert all(torch.equal(v, expected[n]) for n, v in ours.state_dict().items() if n not in kept)
+    features = build(name, 3, num_classes=0)
+    assert sorted(load_checkpoint(features, tmp_path / "weights.pth").left_out) == sorted(kept)
+
+
+def test_an_entry_of_ones_choice(tmp_path):
+    theirs, averaged, ours = (build("boat_swin_tiny", seed) for seed in range(3))
+    file = {"state_dict": theirs.state_dict(), "state_dict_ema": averaged.state_dict()}
+    torch.save(file, tmp_path / "weights.pth.tar")
+    load_checkpoint(ours, tmp_path / "weights.pth.tar", entry="state_dict_ema")
+    assert_same(ours, averaged)
+    with pytest.raises(ValueError, match="no parameters under 'ema'; it has state_dict, state_dict_ema"):
+        load_checkpoint(ours, tmp_path / "weights.pth.tar", entry="ema")
+
+
+def test_a_configuration_of_yacs_is_read_as_plain_data(tmp_path, monkeypatch):
+    """Official CrossFormer checkpoints carry one; yacs need not be installed, and none of its code runs."""
+
+    class CfgNode(dict):
+        def __setstate__(self, state):
+            raise AssertionError("code of the file's class ran")
+
+    CfgNode.__module__, CfgNode.__qualname__ = "yacs.config", "CfgNode"
+    package, module = types.ModuleType("yacs"), types.ModuleType("yacs.config")
+    module.CfgNode = package.config = CfgNode
+    theirs, ours = build("crossformer_pp_small", 1), build("crossformer_pp_small", 2)
+    config = CfgNode(MODEL=CfgNode(NAME="cf"))
+    config.frozen = True
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "yacs", package)
+        patch.setitem(sys.modules, "yacs.config", module)
+        torch.save({"model": theirs.state_dict(), "config": config}, tmp_path / "weights.pth")
+    load_checkpoint(ours, tmp_path / "weights.pth")
+    assert_same(ours, theirs)
+
+
+def half_a_file(path, model):
+    torch.save(model.state_dict(), path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def half_a_safetensors_file(path, model):
+    pytest.importorskip("safetensors.torch").save_file(model.state_dict(), path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def without(*names: str) -> Callable:
+    def write(path, model):
+        torch.save({n: v for n, v in model.state_dict().items() if not n.startswith(names)}, path)
+
+    return write
+
+
+def holding(value: object) -> Callable:
+    return lambda path, model: torch.save(value, path)
+
+
+# into a boat_swin_tiny
+REFUSED: dict[str, tuple[str, Callable, str]] = {
+    "half a file": ("a.pth", half_a_file, "cannot be read: it is no whole file of torch.save"),
+    "half a safetensors file": ("a.safetensors", half_a_safetensors_file, "is no whole safetensors file"),
+    "no file of torch": ("a.pth", lambda path, model: path.write_text("hello"), "cannot be read: it is no whole file"),
+    "an empty file": ("a.pth", lambda path, model: path.write_bytes(b""), "cannot be read: it is no whole file"),
+    "other objects": (
+        "a.pth",
+        holding({"model": argparse.Namespace()}),
+        "it holds objects of argparse.Namespace, and only tensors and plain data are read",
+    ),
+    "a tensor": ("a.pth", holding(torch.zeros(3)), "holds a Tensor, expected parameters by name"),
+    "no tensors": ("a.pth", holding({"model": {"a.weight": 3}}), "a.weight are not tensors"),
+    "another family": (
+        "a.pth",
+        lambda path, model: torch.save(build("mvit_v2_tiny", 0).state_dict(), path),
+        "has the weights of MViT, the model is a BoatSwin",
+    ),
+    "something else": ("a.pth", holding({"conv1.weight": torch.zeros(1)}), "weights of none of CrossFormer, BOAT-Swin"),
+    "nothing": ("a.pth", holding({}), "names begin with nothing"),
+    "a block less": (
+        "a.pth",
+        without("layers.1.blocks.1.norm"),
+        r"do not fit this BoatSwin: 6 absent from the file: layers.1.blocks.1.norm1.bias, .* and 1 more",
+    ),
+    "other depths": (
+        "a.pth",
+        lambda path, model: torch.save(build("boat_swin_tiny", 0, depths=(2, 4, 1, 1)).state_dict(), path),
+        r"unknown to the model: layers.1.blocks.2.*the arguments of create_model \(depths",
+    ),
+    "another width": (
+        "a.pth",
+        lambda path, model: torch.save(build("boat_swin_tiny", 0, embed_dim=32).state_dict(), path),
+        r"of another shape: patch_embed.proj.weight is \[32, 3, 4, 4\] in the file, \[16, 3, 4, 4\] in the model",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_refusals_change_nothing(what, tmp_path):
+    name, write, message = REFUSED[what]
+    model = build("boat_swin_tiny", 0)
+    before = {n: v.clone() for n, v in model.state_dict().items()}
+    write(tmp_path / name, model)
+    with pytest.raises(ValueError, match=message):
+        load_checkpoint(model, tmp_path / name)
+    assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
+
+
+def test_refused_models(tmp_path):
+    path = tmp_path / "weights.pth"
+    with pytest.raises(FileNotFoundError, match="no checkpoint at .*weights.pth"):
+        load_checkpoint(build("boat_swin_tiny", 0), path)
+    torch.save(timm_maxvit(build("maxvit_tiny", 0)), path)
+    with pytest.raises(ValueError, match=r"MaxViT \(tf\), the model computes in the style 'rw'; .*style='tf'"):
+        load_checkpoint(build("maxvit_tiny", 0, style="rw"), path)
+    with pytest.raises(TypeError, match="model must be one of vitkernels.models, got Linear"):
+        load_checkpoint(nn.Linear(1, 1), path)
+    with torch.device("meta"):
+        model = create_model("maxvit_tiny")
+    with pytest.raises(ValueError, match="the model is on the meta device; model.to_empty"):
+        load_checkpoint(model, path)
