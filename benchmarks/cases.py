@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import cluster_attention
+import models
 import partition_attention
 import pooled_attention
 from workload import Case
@@ -99,6 +100,8 @@ CASES: tuple[Case, ...] = (
     *_mvit_v1(),
     *_mvit_v2(),
 )
+
+MODELS = models.CASES
 
 # one layer for every kernel, in every form that it takes
 EVERY_KERNEL = (

@@ -283,7 +283,7 @@ class ClusteringAndAttention(Attention):
 
 
 @dataclass(frozen=True)
-class Case(workload.Case):
+class Case(workload.Layer):
     """BOAT's feature-space attention, or one of its two steps, on a map whose leaves are all of one size."""
 
     kind: type[Attention]

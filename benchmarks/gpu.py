@@ -32,8 +32,8 @@ PARTS = {  # and the most seconds of each; what one leaves over goes to those af
     "tests": 100,
     "sanitize": 60,
     "repeat": 40,
-    "sweep": 180,
-    "models": 30,
+    "sweep": 160,
+    "models": 50,
 }
 # most wanted first
 SWEEP = (
@@ -55,10 +55,6 @@ SWEEP = (
 COMPILED = ("crossformer-s-224-stage1-sda", "swin-t-224-stage1-shifted", "mvitv2-s-224-stage3-attend")
 REPEATS = 1000
 KERNEL_TESTS = ("triton", "cluster_triton", "pool_triton", "pooled_triton", "position_bias", "lsda")
-MODELS = {  # of the libraries that people have, for images of 224 x 224 pixels
-    "timm": ("maxvit_tiny_tf_224", "swin_tiny_patch4_window7_224", "mvitv2_small"),
-    "torchvision": ("maxvit_t", "swin_t"),
-}
 
 
 class Step(NamedTuple):
@@ -299,7 +295,7 @@ def _repeats(run: Run, part: str, until: float, times: int, batch: int, prefix: 
                 others.append(line.strip())
 
         asked = list(names)
-        arguments = ["--worker", "repeat", run.device, str(times), str(batch), *asked]
+        arguments = ["--worker", run.device, str(times), str(batch), *asked]
         # every tensor a piece of memory of its own, so that no overrun lands in another
         more = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if prefix else {}
         why = every_line([*(prefix or []), *python(Path(__file__), *arguments)], until, see, **more)
@@ -338,14 +334,13 @@ def repeat(run: Run, until: float) -> None:
 
 
 def models(run: Run, until: float) -> None:
-    """Whole models of timm and torchvision as they are, which the fused ones are to be compared with."""
+    """Whole models, fused, unfused, and as timm and torchvision have them: images per second."""
+    from cases import MODELS
 
-    def see(line: str) -> None:
-        if line.startswith('{"step"'):
-            run.record.add(Step("models", **json.loads(line)))
-
-    if why := every_line(python(Path(__file__), "--worker", "models", run.device), until, see):
-        run.record.add(Step("models", "the rest", "FAILED", why))
+    if run.dry:
+        _sweep(run, until, ["crossformer++-s"], "--models", "--mode", "fwd", "--batch", "1", "--seconds", "0")
+        return
+    _sweep(run, until, [case.name for case in MODELS], "--models", "--seconds", "0.1")
 
 
 def sweep(run: Run, until: float) -> None:
@@ -365,7 +360,8 @@ def sweep(run: Run, until: float) -> None:
 def _sweep(run: Run, until: float, names: list[str], *options: str) -> None:
     """Where a case brings the process down, its row says so and the next process goes on behind it."""
     begun, partial = time.monotonic(), run.record.path.with_suffix(".sweep.json")
-    label = "compiled contenders" if "--compile" in options else "layers"
+    part = "models" if "--models" in options else "sweep"
+    label = "compiled contenders" if "--compile" in options else "models" if part == "models" else "layers"
     done: set[str] = set()
     while names and time.monotonic() < until:
         partial.unlink(missing_ok=True)
@@ -393,33 +389,32 @@ def _sweep(run: Run, until: float, names: list[str], *options: str) -> None:
         bad = sorted({row["case"] for row in wrong})
         for case in bad:
             reasons = {row["contender"]: row["reason"] for row in wrong if row["case"] == case}
-            run.record.add(Step("sweep", case, "FAILED", "; ".join(f"{who}: {what}" for who, what in reasons.items())))
+            run.record.add(Step(part, case, "FAILED", "; ".join(f"{who}: {what}" for who, what in reasons.items())))
         names = [name for name in names if name not in measured]
         if not why or finished or why == "cut short":
             break
         if why.startswith("exit status 2:"):
-            run.record.add(Step("sweep", label, "FAILED", why))
+            run.record.add(Step(part, label, "FAILED", why))
             break
         culprit = next((name for name in (*at, *names[:1]) if name in names), None)
         if culprit and culprit not in bad:  # nobody wrote down what happened to it
-            run.record.add(Step("sweep", culprit, "FAILED", why))
+            run.record.add(Step(part, culprit, "FAILED", why))
         names = [name for name in names if name != culprit]
     partial.unlink(missing_ok=True)
     text = f"{len(done)} measured" + (f", {len(names)} left for want of time" if names else "")
     status = "ok" if done else "skipped" if names else "FAILED"
-    run.record.add(Step("sweep", label, status, text, time.monotonic() - begun))
+    run.record.add(Step(part, label, status, text, time.monotonic() - begun))
 
 
 # what runs in a process of its own, so that a fault takes nothing else with it
 
 
-def worker(part: str, device: str, *arguments: str) -> int:
-    """Print a row of JSON for every model or kernel."""
+def worker(device: str, *arguments: str) -> int:
+    """Print a row of JSON for every kernel."""
     from run import LOST, DeviceLost
 
-    rows = _time_models(device) if part == "models" else _repeat_kernels(device, *arguments)
     try:
-        for name, status, reason, seconds in rows:
+        for name, status, reason, seconds in _repeat_kernels(device, *arguments):
             found = {"step": name, "status": status, "reason": reason, "seconds": seconds}
             print(json.dumps(found), flush=True)
     except DeviceLost:
@@ -458,45 +453,6 @@ def _flat(tensors: object):
 
     tensors = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
     return torch.cat([x.detach().contiguous().view(torch.uint8).flatten() for x in tensors])
-
-
-def _time_models(device: str) -> Iterator[tuple[str, str, str, float]]:
-    """Images per second of inference and of a training step, bfloat16 by autocast on a GPU."""
-    import measure
-    import torch
-    from run import reason
-
-    where = torch.device(device)
-    batch, seconds = (64, 0.5) if device == "cuda" else (1, 0.0)
-    for library, names in MODELS.items():
-        for name in names if device == "cuda" else names[:1]:
-            begun = time.monotonic()
-            try:
-                module = importlib.import_module(library)
-                make = module.create_model if library == "timm" else getattr(module.models, name)
-                model = (make(name) if library == "timm" else make()).to(where)
-                images = torch.randn(batch, 3, 224, 224, device=where)
-
-                def infer(model=model, images=images):
-                    with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-                        model.eval()(images)
-
-                def train(model=model, images=images):
-                    with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-                        loss = model.train()(images).square().mean()
-                    loss.backward()
-                    model.zero_grad(set_to_none=True)
-
-                rates = []
-                for call in (infer, train):
-                    times = measure.interleave({"": call}, where, seconds)[""]
-                    rates.append(batch / (measure.percentile(times, 50) * 1e-3))
-                text = f"{rates[0]:.0f} images/s inference, {rates[1]:.0f} training, batch {batch}, eager, as it comes"
-                yield f"{library} {name}", "ok", text, time.monotonic() - begun
-            except ModuleNotFoundError as error:
-                yield f"{library} {name}", "skipped", f"no module {error.name}", time.monotonic() - begun
-            except Exception as error:
-                yield f"{library} {name}", "skipped", reason(error), time.monotonic() - begun
 
 
 def results_path(device: str, folder: Path) -> Path:

@@ -269,7 +269,7 @@ class Workload(workload.Workload):
 
 
 @dataclass(frozen=True)
-class Case(workload.Case):
+class Case(workload.Layer):
     """Attention inside the groups of a partition."""
 
     kind: ClassVar = Workload

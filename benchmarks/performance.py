@@ -6,6 +6,7 @@ Between two comments of such a document stands what this writes; the first says 
     <!-- run FOLDER/FILE.json -->                    what ran, where and when
     <!-- layers FOLDER/FILE.json                     some layers under other names, a line each: CASE = NAME
     ... -->
+    <!-- models FOLDER/FILE.json -->                 every row of a run of whole models
     <!-- gpu -->                                     the newest run on every GPU; without one, what is to be measured
     <!-- end -->
 
@@ -26,7 +27,8 @@ from cases import CASES
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md")
-BLOCK = re.compile(r"(<!-- (results|run|layers|gpu)\b(.*?)-->\n)(.*?)(<!-- end -->)", re.S)
+BLOCK = re.compile(r"(<!-- (results|run|layers|models|gpu)\b(.*?)-->\n)(.*?)(<!-- end -->)", re.S)
+STEPS = {"fwd": "inference", "full": "training"}
 PASSES = {"fwd": "forward", "bwd": "backward", "full": "forward + backward"}
 
 
@@ -82,6 +84,26 @@ def of_layers(name: str, labels: dict[str, str]) -> str:
     return report.markdown_table(TITLES, lines, 3)
 
 
+def of_models(name: str) -> str:
+    """A row for every model and pass, in images per second: eager, the library that has it, ours; what limits us."""
+    results, lines = load(name), []
+    show = {**report.SHOW, **report.MODELS}
+    for (case, batch, mode), group in report.groups(results["rows"], "case", "batch", "mode").items():
+        eager, best, ours = report.sides(group)
+        ceiling = next((row.get("speedup") for row in group if row["contender"] == report.NO_ATTENTION), None)
+        library = best.get("contender", report.NO_CONTENDER)
+        ratio = best["ms"] / ours["ms"] if best and ours else None
+        rates = [report.number(row.get("rate"), show["rate"]) for row in (eager, best, ours)]
+        ratios = [report.number(x, show["speedup"]) for x in (ours.get("speedup"), ceiling, ratio)]
+        if not best:
+            rates[1] = ratios[2] = report.NO_CONTENDER
+        memory = [report.number(row.get("memory"), show["memory"]) for row in (eager, ours)]
+        about = [case, library, str(batch), STEPS[mode]]
+        lines.append([*about, *rates, *ratios, *memory])
+    titles = ["model", "library", "batch", "pass", "eager, images/s", "library", "vitkernels", "vs eager", "at most"]
+    return report.markdown_table([*titles, "vs library", "peak memory, eager", "vitkernels"], lines, 4)
+
+
 def of_gpus() -> str:
     """The newest run of every GPU, rows by layer; all layers, with what they move and compute, where there is none."""
     newest = {}
@@ -114,6 +136,8 @@ def filled(text: str) -> str:
         head, kind, arguments, _, end = found.groups()
         if kind == "gpu":
             body = of_gpus()
+        elif kind == "models":
+            body = of_models(arguments.strip())
         elif kind == "results":
             body = of_results(arguments.split())
         elif kind == "run":

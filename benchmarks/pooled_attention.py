@@ -291,7 +291,7 @@ class Pooling(PoolingAndAttention):
 
 
 @dataclass(frozen=True)
-class Case(workload.Case):
+class Case(workload.Layer):
     """A layer of MViT on an image or, with ``frames``, a video.
 
     Images as in MViTv2: all is pooled, relative positions, the queries on top of the output. Videos as in MViTv1: a

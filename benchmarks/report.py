@@ -18,8 +18,10 @@ NOT_MEASURED = "not yet measured"
 NO_CONTENDER = "-"  # of this layer
 FIELDS = (
     *("case", "layer", "batch", "dtype", "mode", "contender", "status", "reason"),
-    *("ms", "p20", "p80", "rounds", "speedup", "gbps", "floor", "floor_ms", "bound", "memory", "launches", "graph"),
+    *("ms", "p20", "p80", "rounds", "speedup", "rate", "gbps", "floor", "floor_ms", "bound", "memory"),
+    *("launches", "graph"),
 )
+NO_ATTENTION = "no attention"  # a model whose layers only project: no contender, but what one could reach at most
 SLOWER = 0.9  # of the old share of the floor: below it, a row of a comparison counts as a regression
 
 
@@ -61,7 +63,16 @@ SHOW: dict[str, Callable[[float], str]] = {
     "floor": lambda value: f"{100 * value:.0f} %",
     "memory": lambda value: f"{value / 2**20:.1f} MiB",
 }
-TITLES = {"speedup": "vs eager", "gbps": "GB/s", "floor": "of floor", "memory": "peak memory", "graph": "graph, ms"}
+LAYERS = ("gbps", "floor")
+MODELS = {"rate": _three_digits}
+TITLES = {
+    "speedup": "vs eager",
+    "rate": "images/s",
+    "gbps": "GB/s",
+    "floor": "of floor",
+    "memory": "peak memory",
+    "graph": "graph, ms",
+}
 ON_A_GPU = {"launches": "{:.0f}".format, "graph": _milliseconds}
 EXPLANATION = (
     "vs eager: eager's median in the same run over this median. GB/s: what a fused operator must move over the\n"
@@ -69,6 +80,11 @@ EXPLANATION = (
     "arithmetic (benchmarks/roofline.py), whichever is longer, over the median; past 100 % a cache served it, or\n"
     "products ran faster than in a large matmul. peak memory: most bytes of tensors alive at once, with results,\n"
     "without inputs."
+)
+EXPLANATION_OF_MODELS = (
+    "eager: the model on the reference backend. vs eager: its median in the same run over this median; that of\n"
+    "'no attention', layers that only project, is the most that fused attention can gain. fwd is inference, full a\n"
+    "training step without its optimiser. peak memory: most bytes of tensors alive at once, without parameters."
 )
 EXPLANATION_ON_A_GPU = (
     "Times are by events, the L2 cache flushed before each call. launches: kernels, copies and fills. graph, ms: as a\n"
@@ -115,8 +131,13 @@ def _status(row: dict) -> str:
 
 def text(results: dict) -> str:
     """The whole table, one block per layer."""
-    show = SHOW | (ON_A_GPU if any("launches" in row for row in results["rows"]) else {})
-    blocks = [header(results), EXPLANATION, *([EXPLANATION_ON_A_GPU] if len(show) > len(SHOW) else [])]
+    on_a_gpu = any("launches" in row for row in results["rows"])
+    show, explanation = SHOW, EXPLANATION
+    if any("rate" in row for row in results["rows"]):
+        show = {name: how for name, how in SHOW.items() if name not in LAYERS} | MODELS
+        explanation = EXPLANATION_OF_MODELS
+    show = show | (ON_A_GPU if on_a_gpu else {})
+    blocks = [header(results), explanation, *([EXPLANATION_ON_A_GPU] if on_a_gpu else [])]
     titles = [TITLES.get(name, name) for name in ("mode", "dtype", "contender", *show)]
     for (case, layer, batch), rows in groups(results["rows"], "case", "layer", "batch").items():
         measured = [r for r in rows if r["status"] == "ok"]
@@ -165,7 +186,7 @@ def markdown(results: dict) -> str:
 def sides(rows: list[dict]) -> tuple[dict, dict, dict]:
     """Of a layer's rows that of eager, the fastest of the others, and the fastest of vitkernels; {} where none is."""
     found = {row["contender"]: row for row in rows if row.get("ms")}
-    eager = found.pop("eager", {})
+    eager, _ = found.pop("eager", {}), found.pop(NO_ATTENTION, None)
     ours = {name for name in found if name.startswith("vitkernels")}
     kinds = found.keys() - ours, ours
     return eager, *(min((found[n] for n in sorted(kind)), key=lambda row: row["ms"], default={}) for kind in kinds)

@@ -1,4 +1,4 @@
-"""Time attention layers: vitkernels beside plain PyTorch, SDPA, torch.compile and FlexAttention.
+"""Time attention layers: vitkernels beside plain PyTorch, SDPA, torch.compile and FlexAttention. Or whole models.
 
 A contender is timed only after its output and gradients agree with the float64 reference, and its clusters, where it
 makes them, with those of float64. Contenders take turns, call by call, so that their ratios come from one run. Results
@@ -19,14 +19,16 @@ from pathlib import Path
 import measure
 import report
 import torch
-from cases import CASES, QUICK
+from cases import CASES, MODELS, QUICK
+from report import NO_ATTENTION
 from roofline import Rates, work
 from workload import DTYPES, MODES, OURS, Case, Contender, Workload, select
 
 RESULTS = Path(__file__).parent / "results" / "latest.json"
 OLDEST = (8, 0)  # compute capability
 LOST = 3  # exit status: the device failed, so that nothing more can run on it in this process
-BASELINES = tuple(dict.fromkeys(name for case in CASES for name in case.kind.baselines))
+BASELINES = tuple(dict.fromkeys(name for case in (*CASES, *MODELS) for name in case.kind.baselines))
+ON_A_CPU = ("eager", "eager-unbind", "sdpa", "compile", "timm", "torchvision", NO_ATTENTION)
 
 
 def contenders(case: Case, args: argparse.Namespace) -> list[str]:
@@ -35,7 +37,7 @@ def contenders(case: Case, args: argparse.Namespace) -> list[str]:
         asked = [name if name in BASELINES else OURS + name for name in args.backend]
         return list(dict.fromkeys(["eager", *asked]))
     compiled = ("compile", "flex") if args.device == "cuda" else ("compile",)
-    fit = case.kind.baselines if args.device == "cuda" else ("eager", "eager-unbind", "sdpa", "compile")
+    fit = case.kind.baselines if args.device == "cuda" else ON_A_CPU
     fit = [name for name in fit if name in case.kind.baselines and (args.compile or name not in compiled)]
     return [*fit, OURS + (case.kind.gpu if args.device == "cuda" else "cpu")]
 
@@ -117,6 +119,8 @@ def _replayed(call: Callable, device: torch.device) -> dict[str, object]:
 
 def shares(row: dict, case: Case, rates: Rates, eager: float | None) -> dict[str, object]:
     """What follows from a measured time, the rates of the machine and the work of the layer."""
+    if case.kind.whole:
+        return {"speedup": eager / row["ms"] if eager else None, "rate": row["batch"] / row["ms"] * 1e3}
     about = row["batch"], row["dtype"], row["mode"]
     floor, bound = rates.floor(case, *about)
     seconds = row["ms"] * 1e-3
@@ -216,6 +220,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         epilog="examples:\n"
         "  python benchmarks/run.py --quick\n"
         "  python benchmarks/run.py --case 'crossformer-s-224-*' --mode fwd full --json crossformer.json\n"
+        "  python benchmarks/run.py --models --case 'maxvit*' 'boat*' --threads 2\n"
         "  python benchmarks/run.py --case '*stage1*' --dtype bfloat16 --backend sdpa cpu --compare old.json",
     )
     known = [*BASELINES, "triton", "cuda", "cpu", "reference"]
@@ -234,6 +239,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     what.add_argument("--backend", nargs="+", choices=known, metavar="NAME", help=backends)
     what.add_argument("--batch", type=int, help="images; the default is each case's own")
     what.add_argument("--quick", action="store_true", help="a layer or two of CrossFormer, BOAT and MViT, briefly")
+    what.add_argument("--models", action="store_true", help="whole models instead of layers: images per second")
     what.add_argument("--list", action="store_true", help="print the cases and stop")
     how = parser.add_argument_group("how")
     how.add_argument("--device", choices=("cpu", "cuda"), help="cuda if there is one")
@@ -253,7 +259,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.dtype = args.dtype or ["bfloat16" if args.device == "cuda" else "float32"]
     args.seconds = args.seconds if args.seconds is not None else (0.5 if args.quick else 1.0)
-    args.patterns = args.case or (QUICK if args.quick else ["*"])
+    args.patterns = args.case or (QUICK if args.quick and not args.models else ["*"])
     args.compile = args.device == "cuda" if args.compile is None else args.compile
     for name, value in (("--batch", args.batch), ("--threads", args.threads)):
         if value is not None and value < 1:
@@ -275,7 +281,8 @@ def no_gpu() -> str | None:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    cases = [case for case in select(CASES, args.patterns) if set(args.mode) & set(case.kind.modes)]
+    known = MODELS if args.models else CASES
+    cases = [case for case in select(known, args.patterns) if set(args.mode) & set(case.kind.modes)]
     if not cases:
         what = f"{' '.join(args.patterns)} and has a pass {' or '.join(args.mode)}"
         print(f"no case matches {what}; --list prints the cases", file=sys.stderr)

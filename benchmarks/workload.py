@@ -26,15 +26,29 @@ Contender = Any  # what a workload's `output` takes: as a rule a function of the
 
 @dataclass(frozen=True)
 class Case(ABC):
-    """One layer of a published model; batch sizes are those of a usual run on a CPU and on a GPU."""
+    """What is measured, and by ``kind`` how; batch sizes are those of a usual run on a CPU and on a GPU."""
 
     name: str
+    _: KW_ONLY
+    cpu_batch: int = 8
+    gpu_batch: int = 128
+
+    def batch(self, device: str) -> int:
+        return self.gpu_batch if device == "cuda" else self.cpu_batch
+
+    @abstractmethod
+    def describe(self) -> str:
+        """It in words."""
+
+
+@dataclass(frozen=True)
+class Layer(Case):
+    """One layer of a published model."""
+
     height: int  # tokens
     width: int  # tokens
     heads: int
     _: KW_ONLY
-    cpu_batch: int = 8
-    gpu_batch: int = 128
     head_dim: int = 32
     kind: ClassVar[type[Workload]]
 
@@ -42,13 +56,6 @@ class Case(ABC):
     def dim(self) -> int:
         """Channels, C."""
         return self.heads * self.head_dim
-
-    def batch(self, device: str) -> int:
-        return self.gpu_batch if device == "cuda" else self.cpu_batch
-
-    @abstractmethod
-    def describe(self) -> str:
-        """The layer in words."""
 
 
 def select(cases: Sequence[Case], patterns: Sequence[str]) -> list[Case]:
@@ -62,6 +69,7 @@ class Workload(ABC):
 
     modes: ClassVar[tuple[str, ...]] = MODES  # passes of the operator
     gpu: ClassVar[str] = "triton"  # vitkernels' backend for CUDA tensors
+    whole: ClassVar[bool] = False  # whether it is a model, which is rated in images per second and has no floor
     baselines: ClassVar[dict[str, Callable]]  # "eager", which the others are measured against, is one of them
 
     case: Case

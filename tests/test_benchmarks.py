@@ -43,7 +43,7 @@ PLAIN = ("eager", "eager-unbind", "sdpa")  # what needs no GPU, no other library
 def bench(monkeypatch):
     """The modules of benchmarks/, which run as scripts."""
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
-    kinds = ("partition_attention", "cluster_attention", "pooled_attention")
+    kinds = ("partition_attention", "cluster_attention", "pooled_attention", "models")
     names = ("workload", "libraries", *kinds, "cases", "measure", "roofline", "report", "performance", "run")
     return SimpleNamespace(**{name: importlib.import_module(name) for name in names})
 
@@ -778,3 +778,52 @@ def test_gpus_are_not_yet_measured_until_they_are(bench, committed, tmp_path):
         bench.report.save(committed | {"machine": machine, "rows": rows}, tmp_path / "h" / f"{day}.json")
     found = bench.performance.filled(text)
     assert "h/2.json" in found and "7.00" in found and "5.00" not in found and "driver 1" in found
+
+
+@pytest.fixture
+def whole(bench, monkeypatch):
+    """The benchmark with one model, on small images."""
+    case = bench.models.Case("whole", "mvit_v2_tiny", size=(32, 32), cpu_batch=2)
+    monkeypatch.setattr(bench.run, "MODELS", (case,))
+    return with_cases(bench, monkeypatch)
+
+
+def test_models(whole, tmp_path, capsys):
+    status, results = start(whole, tmp_path, "--models")
+    assert status == 0 and results["complete"]
+    rows = {(row["contender"], row["mode"]): row for row in results["rows"]}
+    assert rows.keys() == {
+        (name, mode)
+        for name in ("eager", "timm", "torchvision", "no attention", "vitkernels-cpu")
+        for mode in ("fwd", "full")
+    }
+    for (name, _), row in rows.items():
+        assert row["status"] == ("skipped" if name in ("timm", "torchvision") else "ok"), row
+        if row["status"] == "ok":
+            assert row["rate"] == pytest.approx(2 / row["ms"] * 1e3) and row["speedup"] and "floor" not in row
+    out = capsys.readouterr().out
+    assert "images/s" in out and "of floor" not in out
+    _, best, ours = whole.report.sides([row for row in results["rows"] if row["mode"] == "fwd"])
+    assert not best and ours["contender"] == "vitkernels-cpu", "no attention is no contender"
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_model_with_other_results_is_refused(whole, gradients):
+    (case,) = whole.run.MODELS
+    workload = case.kind.random(case, 2, torch.device("cpu"), torch.float32)
+    objection_to = workload.gate(gradients)
+    ours = workload.build("vitkernels-cpu")
+    assert objection_to(ours) is None
+    assert objection_to(workload.build("no attention")) is None, "it is not meant to agree"
+    with torch.no_grad():
+        ours.head.bias[0] += 1
+    assert "logits off by" in objection_to(ours)
+
+
+def test_models_of_libraries_have_the_same_weights(bench, torchvision):
+    pytest.importorskip("timm")
+    case = next(case for case in bench.cases.MODELS if case.twin == "timm mvitv2_tiny")
+    workload = case.kind.random(case, 2, torch.device("cpu"), torch.float32)
+    assert workload.gate(False)(workload.build("timm")) is None
+    with pytest.raises(ModuleNotFoundError, match="no torchvision model"):
+        workload.build("torchvision")

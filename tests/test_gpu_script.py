@@ -60,7 +60,7 @@ def test_dry_run(tmp_path):
     repeated = [step["step"] for step in results["steps"] if step["part"] == "repeat"]
     assert len(repeated) == len(kernels or repeated) > 10
     *_, last = done.stdout.strip().splitlines()
-    assert last.startswith("crossformer-s-224-stage4-sda")  # the table comes last
+    assert last.startswith("crossformer++-s ")  # the table comes last
     again = script("--dry-run", "--out", str(tmp_path), "--part", "build")
     assert again.returncode == 0
     kept = json.loads(path.read_text())
@@ -172,7 +172,7 @@ def test_repeats_tell_kernels_that_differ(gpu, run, monkeypatch):
 
 STAND_IN = """#!{python}
 import sys
-names = sys.argv[sys.argv.index("repeat") + 4:]
+names = sys.argv[sys.argv.index("--worker") + 4:]
 for name in names:
     if "{what}" == "dies" and name == "{second}":
         import os; os.abort()
