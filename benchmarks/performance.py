@@ -6,7 +6,7 @@ Between two comments of such a document stands what this writes; the first says 
     <!-- run FOLDER/FILE.json -->                    what ran, where and when
     <!-- layers FOLDER/FILE.json                     some layers under other names, a line each: CASE = NAME
     ... -->
-    <!-- models FOLDER/FILE.json -->                 every row of a run of whole models
+    <!-- models FOLDER/FILE.json .. -->              every row of some runs of whole models
     <!-- gpu -->                                     the newest run on every GPU; without one, what is to be measured
     <!-- end -->
 
@@ -84,11 +84,11 @@ def of_layers(name: str, labels: dict[str, str]) -> str:
     return report.markdown_table(TITLES, lines, 3)
 
 
-def of_models(name: str) -> str:
+def of_models(names: list[str]) -> str:
     """A row for every model and pass, in images per second: eager, the library that has it, ours; what limits us."""
-    results, lines = load(name), []
+    rows, lines = [row for name in names for row in load(name)["rows"]], []
     show = {**report.SHOW, **report.MODELS}
-    for (case, batch, mode), group in report.groups(results["rows"], "case", "batch", "mode").items():
+    for (case, batch, mode), group in report.groups(rows, "case", "batch", "mode").items():
         eager, best, ours = report.sides(group)
         ceiling = next((row.get("speedup") for row in group if row["contender"] == report.NO_ATTENTION), None)
         library = best.get("contender", report.NO_CONTENDER)
@@ -137,7 +137,7 @@ def filled(text: str) -> str:
         if kind == "gpu":
             body = of_gpus()
         elif kind == "models":
-            body = of_models(arguments.strip())
+            body = of_models(arguments.split())
         elif kind == "results":
             body = of_results(arguments.split())
         elif kind == "run":
