@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BENCH ?=
 GPU ?=
+TRAIN ?=
 TEST ?=
 
 # "system", "active" or nothing: where the Python in use finds a torch
@@ -17,12 +18,13 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/installed
 endif
 
-.PHONY: help install test bench demo gpu kernels performance lint format clean
+.PHONY: help install test bench demo train gpu kernels performance lint format clean
 
 help:
 	@echo "make test    set up once, run the tests        TEST='-k streaming' passes arguments to pytest"
 	@echo "make bench   set up once, run the benchmark    BENCH='--quick' is a short one, BENCH='--help' lists its options"
 	@echo "make demo    set up once, draw photo.png: a photograph, its groups, where one token attends"
+	@echo "make train   set up once, train a small CrossFormer on digits TRAIN='--help' lists the options"
 	@echo "make gpu     set up once, everything that needs a GPU       GPU='--part sweep' is a share, GPU='--help' lists them"
 	@echo "make kernels, make performance     write docs/kernels.md, and the tables of README.md and docs/performance.md"
 	@echo "make lint    ruff, as continuous integration runs it; make format applies it"
@@ -48,6 +50,9 @@ bench: install
 
 demo: install
 	$(RUN) examples/photo.py
+
+train: install
+	$(RUN) examples/train.py $(TRAIN)
 
 gpu: install
 	PYTHON=$(RUN) benchmarks/gpu.sh $(GPU)

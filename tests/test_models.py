@@ -479,6 +479,9 @@ REFUSED: dict[str, tuple[Callable, type[Exception], str]] = {
     "a style": (lambda: create_model("maxvit_tiny", style="jax"), ValueError, "one of tf, rw, torchvision, got 'jax'"),
     "stochastic depth": (lambda: build("boat_swin", drop_path=1.0), ValueError, "drop_path must be .* below 1"),
     "stages": (lambda: build("crossformer", group_size=(7, 7)), ValueError, "group_size must be one value or one for"),
+    "heads": (lambda: build("boat_cswin", heads=(2, 4)), ValueError, "heads must be one value or one for each"),
+    "widths": (lambda: build("maxvit", embed_dim=(32, 64)), ValueError, "embed_dim must be one value or one for each"),
+    "merging": (lambda: build("crossformer", merge_size=((2, 4),)), ValueError, "merge_size must have kernels for"),
     "no tensor": (lambda: build("maxvit")([[1.0]]), TypeError, r"images must be a torch.Tensor \[B, channels, H, W\]"),
     "bytes": (
         lambda: build("maxvit")(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..cluster_attention import FeatureSpaceAttention
 from ..partition_attention import CrossShapedWindowAttention, WindowAttention
-from ._blocks import DropPath, Mlp, Pyramid, Stage, drop_path_rates, nchw, nhwc, pad_to_multiple
+from ._blocks import DropPath, Mlp, Pyramid, Stage, drop_path_rates, nchw, nhwc, pad_to_multiple, per_stage
 
 STRIDE = 4  # pixels between the tokens of the first stage
 
@@ -105,7 +105,7 @@ class BoatSwin(Pyramid):
         features_only: bool = False,
     ):
         super().__init__(num_classes, in_channels, features_only)
-        rates = drop_path_rates(drop_path, depths)
+        rates, heads = drop_path_rates(drop_path, depths), per_stage("heads", heads, len(depths))
         self.channels = tuple(embed_dim << s for s in range(len(depths)))
         stages, last = [], len(depths) - 1
         for s, (dim, depth) in enumerate(zip(self.channels, depths)):
@@ -195,7 +195,8 @@ class BoatCSWin(Pyramid):
         features_only: bool = False,
     ):
         super().__init__(num_classes, in_channels, features_only)
-        rates = drop_path_rates(drop_path, depths)
+        rates, heads = drop_path_rates(drop_path, depths), per_stage("heads", heads, len(depths))
+        stripe_width = per_stage("stripe_width", stripe_width, len(depths))
         self.channels = tuple(embed_dim << s for s in range(len(depths)))
         stages, last = [], len(depths) - 1
         for s, (dim, depth) in enumerate(zip(self.channels, depths)):

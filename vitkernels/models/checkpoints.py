@@ -202,7 +202,7 @@ def _read(path: Path) -> object:
 
 
 _ENTRIES = ("model", "state_dict", "model_state", "module")  # of a training checkpoint, where the weights are
-_PREFIXES = ("module.", "_orig_mod.", "backbone.", "model.", "encoder.")
+_PREFIXES = ("module.", "_orig_mod.", "backbone.", "model.")
 
 
 def _weights(file: object, path: Path, entry: str | None) -> State:
@@ -289,11 +289,18 @@ def load_checkpoint(model: Model, path: str | PathLike, *, drop_head: bool = Fal
         if re.search(layout.extra, name) or new.startswith(dropped):
             left_out.append(name)
         else:
-            found[new] = layout.convert(new, value)
+            found[new] = _converted(layout, new, value)
     kept = {n for n in own if n.endswith("num_batches_tracked") or (drop_head and n.startswith(dropped))} - found.keys()
     _compare(own.keys() - kept, own, found, path, layout.source, model)
     model.load_state_dict({**{name: own[name] for name in kept}, **found})
     return Loaded(layout.source, left_out)
+
+
+def _converted(layout: Layout, name: str, value: Tensor) -> Tensor:
+    try:
+        return layout.convert(name, value)
+    except (RuntimeError, IndexError):  # of a shape that the layout does not have: `_compare` names it
+        return value
 
 
 def _compare(expected: set[str], own: State, found: State, path: Path, source: str, model: Model) -> None:
@@ -316,6 +323,6 @@ def _compare(expected: set[str], own: State, found: State, path: Path, source: s
     hint = (
         "drop_head=True keeps the model's own classifier"
         if only_head and not any(n for _, n in faults[:2])
-        else ("the arguments of create_model (depths, window_size, num_classes ...) must be those of the weights")
+        else "the arguments of create_model (depths, window_size, num_classes ...) must be those of the weights"
     )
     raise ValueError(f"the weights of {source} in {path} do not fit this {type(model).__name__}: {text}. {hint}")

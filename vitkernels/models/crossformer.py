@@ -141,11 +141,11 @@ class CrossFormer(Pyramid):
         super().__init__(num_classes, in_channels, features_only)
         if long_distance not in ("long", "grid", "interval"):
             raise ValueError(f"long_distance must be 'long', 'grid' or 'interval', got {long_distance!r}")
+        if len(merge_size) < len(depths) - 1:
+            raise ValueError(f"merge_size must have kernels for each of {len(depths) - 1} steps, got {merge_size!r}")
         rates = drop_path_rates(drop_path, depths)
-        groups, intervals, ratios = (
-            per_stage(name, value, len(depths))
-            for name, value in (("group_size", group_size), ("interval", interval), ("mlp_ratio", mlp_ratio))
-        )
+        values = {"heads": heads, "group_size": group_size, "interval": interval, "mlp_ratio": mlp_ratio}
+        heads, groups, intervals, ratios = (per_stage(name, value, len(depths)) for name, value in values.items())
         self.channels = tuple(embed_dim << s for s in range(len(depths)))
         stages = []
         for s, (dim, depth) in enumerate(zip(self.channels, depths)):

@@ -207,10 +207,10 @@ class MaxViT(Pyramid):
         self.style, how = style, STYLES[style]
         stem = per_stage("stem_width", stem_width, 2)
         rates = drop_path_rates(drop_path, depths)
-        self.channels = tuple(embed_dim)
+        self.channels = per_stage("embed_dim", embed_dim, len(depths))
         self.stem, self.stages = Stem(in_channels, *stem, how), nn.ModuleList()
         dim = stem[1]
-        for out, depth in zip(embed_dim, depths):
+        for out, depth in zip(self.channels, depths):
             blocks = []
             for stride in (2, *(1,) * (depth - 1)):
                 rate = next(rates)
