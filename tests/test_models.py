@@ -454,6 +454,27 @@ def test_drop_path_drops_whole_images_and_keeps_the_mean():
     assert torch.equal(layer.eval()(out), out)
 
 
+def test_slowfast_without_a_kernel_takes_one_more_than_the_stride():
+    """Its table of the 32 x 3 configuration: depth 24, stages from blocks 2, 5 and 21."""
+    with torch.device("meta"):
+        model = create_model("mvit_v1_base_32x3", depths=(2, 3, 16, 3), kernel=None)
+    shapes = [
+        tuple(None if pool is None else tuple(pool.weight.shape[2:]) for pool in (block.attn.pool_q, block.attn.pool_k))
+        for block in model.blocks
+    ]
+    first, second, third, last = (None, (1, 9, 9)), (None, (1, 5, 5)), (None, (1, 3, 3)), (None, None)
+    enters = ((1, 3, 3), (1, 5, 5)), ((1, 3, 3), (1, 3, 3)), ((1, 3, 3), None)
+    assert shapes == [first] * 2 + [enters[0]] + [second] * 2 + [enters[1]] + [third] * 15 + [enters[2]] + [last] * 2
+    widths = [(block.attn.dim, block.attn.dim_out, block.mlp.fc2.out_features) for block in model.blocks]
+    assert widths[:3] + widths[20:22] == [
+        (96, 96, 96),
+        (96, 96, 192),
+        (192, 192, 192),
+        (384, 384, 768),
+        (768, 768, 768),
+    ]
+
+
 def test_stochastic_depth_rises_from_block_to_block():
     rates = [m.rate for m in create_model("crossformer_small").modules() if isinstance(m, DropPath)]
     assert rates == pytest.approx([0.2 * i / 11 for i in range(12)])
