@@ -18,7 +18,7 @@ from ._blocks import Model
 from .boat import BoatCSWin, BoatSwin
 from .crossformer import CrossFormer
 from .maxvit import HEAD_DIM, MaxViT
-from .mvit import MViT
+from .mvit import MultiScaleAttention, MViT
 
 State = dict[str, Tensor]
 Rule = tuple[str, "str | Callable[[re.Match], str]"]  # a pattern in a name, and what stands there instead
@@ -40,6 +40,7 @@ class Layout:
     marks: tuple[str, ...]  # patterns that each match a name in such a file
     rules: tuple[Rule, ...] = ()
     extra: str = r"(?!)"  # buffers that the models here do not have
+    prepare: Callable[[State], State] = lambda state: state  # what the rules cannot do: it takes all names to know one
     convert: Callable[[str, Tensor], Tensor] = lambda name, value: value  # by the name here
     style: str | None = None  # of MaxViT
 
@@ -47,10 +48,11 @@ class Layout:
         text = "\n".join(names)
         return all(re.search(mark, text, re.MULTILINE) for mark in self.marks)
 
-    def rename(self, name: str) -> str:
-        for pattern, replacement in self.rules:
-            name = re.sub(pattern, replacement, name)
-        return name
+
+def _rename(name: str, rules: Iterable[Rule]) -> str:
+    for pattern, replacement in rules:
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def _flip(name: str, value: Tensor) -> Tensor:
@@ -69,6 +71,15 @@ def _with_batch(name: str, value: Tensor) -> Tensor:
     """Embeddings with a first dimension of one."""
     missing = 3 - value.dim() if name.startswith(("cls_token", "pos_embed")) else 0
     return value[(None,) * missing]
+
+
+def _numbered(state: State) -> State:
+    """timm's stages of blocks as one sequence of blocks."""
+    pattern = r"^stages\.(\d+)\.blocks\.(\d+)\."
+    found = (re.match(pattern, name) for name in state)
+    index = {place: i for i, place in enumerate(sorted({(int(m[1]), int(m[2])) for m in found if m}))}
+    rules = ((pattern, lambda m: f"blocks.{index[int(m[1]), int(m[2])]}."),)
+    return {_rename(name, rules): value for name, value in state.items()}
 
 
 _TIMM_MAXVIT: tuple[Rule, ...] = ((r"\.rel_pos\.", "."),)
@@ -98,13 +109,12 @@ _TORCHVISION_MAXVIT: tuple[Rule, ...] = (
     (r"^classifier\.3\.", "head.pre_logits.fc."),
     (r"^classifier\.5\.", "head.fc."),
 )
+_TIMM_MVIT: tuple[Rule, ...] = ((r"\.shortcut_proj_(attn|mlp)\.", ".proj."), (r"^head\.fc\.", "head."))
 _TORCHVISION_MVIT: tuple[Rule, ...] = (
     (r"^conv_proj\.", "patch_embed.proj."),
     (r"^pos_encoding\.class_token$", "cls_token"),
     (r"^pos_encoding\.(spatial|temporal|class)_pos$", r"pos_embed_\1"),
-    (r"\.attn\.project\.0\.", ".attn.proj."),
-    (r"\.attn\.pool_([qkv])\.pool\.", r".attn.pool_\1."),
-    (r"\.attn\.pool_([qkv])\.norm_act\.0\.", r".attn.norm_\1."),
+    (r"(?<=\.attn\.).*", lambda m: MultiScaleAttention.rename(m[0])),
     (r"\.mlp\.0\.", ".mlp.fc1."),
     (r"\.mlp\.3\.", ".mlp.fc2."),
     (r"\.project\.", ".proj."),
@@ -152,23 +162,9 @@ LAYOUTS = (
     ),
     Layout("MaxViT of vitkernels", MaxViT, (r"\.attn_grid\.attn\.relative_position_bias_table$",)),
     Layout("torchvision's MViT", MViT, (r"^conv_proj\.", r"\.pool_k\.pool\."), _TORCHVISION_MVIT, convert=_with_batch),
-    Layout("timm's MViTv2", MViT, (r"^stages\.", r"\.attn\.pool_k\."), ((r"^head\.fc\.", "head."),)),
+    Layout("timm's MViTv2", MViT, (r"^stages\.", r"\.attn\.pool_k\."), _TIMM_MVIT, prepare=_numbered),
     Layout("MViT", MViT, (r"^blocks\.", r"\.attn\.pool_k\."), ((r"^head\.projection\.", "head."),)),
 )
-
-
-def _numbered(state: State) -> State:
-    """timm's stages of blocks as one sequence of blocks."""
-    places = [
-        (int(m[1]), int(m[2])) for m in (re.match(r"stages\.(\d+)\.blocks\.(\d+)\.", name) for name in state) if m
-    ]
-    index = {place: i for i, place in enumerate(sorted(set(places)))}
-
-    def place(m: re.Match) -> str:
-        return f"blocks.{index[int(m[1]), int(m[2])]}."
-
-    rules = ((r"^stages\.(\d+)\.blocks\.(\d+)\.", place), (r"\.shortcut_proj_(attn|mlp)\.", ".proj."))
-    return {Layout("", MViT, (), rules).rename(name): value for name, value in state.items()}
 
 
 class _Settings:
@@ -278,14 +274,13 @@ def load_checkpoint(model: Model, path: str | PathLike, *, drop_head: bool = Fal
             f"{path} has the weights of {layout.source}, the model computes in the style {model.style!r}; "
             f"create_model(..., style={layout.style!r}) makes one for them"
         )
-    if layout.source.startswith("timm's MViT"):
-        state = _numbered(state)
+    state = layout.prepare(state)
     found, left_out = {}, []
     dropped = (("norm.", "head.") if model.features_only else ()) + (
         (f"{model.classifier}.",) if drop_head or not model.num_classes else ()
     )
     for name, value in state.items():
-        new = layout.rename(name)
+        new = _rename(name, layout.rules)
         if re.search(layout.extra, name) or new.startswith(dropped):
             left_out.append(name)
         else:
@@ -305,24 +300,15 @@ def _converted(layout: Layout, name: str, value: Tensor) -> Tensor:
 
 def _compare(expected: set[str], own: State, found: State, path: Path, source: str, model: Model) -> None:
     """Refuse parameters that are not the model's."""
-    shapes = [
-        f"{name} is {list(found[name].shape)} in the file, {list(own[name].shape)} in the model"
-        for name in own
-        if name in found and found[name].shape != own[name].shape
-    ]
-    faults = [
-        ("absent from the file", sorted(expected - found.keys())),
-        ("unknown to the model", sorted(found.keys() - own.keys())),
-        ("of another shape", shapes),
-    ]
-    if not any(names for _, names in faults):
+    absent, unknown = sorted(expected - found.keys()), sorted(found.keys() - own.keys())
+    wrong = [name for name in own if name in found and found[name].shape != own[name].shape]
+    if not (absent or unknown or wrong):
         return
+    shapes = [f"{n} is {list(found[n].shape)} in the file, {list(own[n].shape)} in the model" for n in wrong]
+    faults = (("absent from the file", absent), ("unknown to the model", unknown), ("of another shape", shapes))
     text = "; ".join(f"{len(names)} {what}: {_some(names)}" for what, names in faults if names)
-    last = [name for name in own if name.startswith(f"{model.classifier}.")]
-    only_head = len(shapes) and all(shape.split(" ")[0] in last for shape in shapes)
-    hint = (
-        "drop_head=True keeps the model's own classifier"
-        if only_head and not any(n for _, n in faults[:2])
-        else "the arguments of create_model (depths, window_size, num_classes ...) must be those of the weights"
-    )
+    if not absent and not unknown and all(name.startswith(f"{model.classifier}.") for name in wrong):
+        hint = "drop_head=True keeps the model's own classifier"
+    else:
+        hint = "the arguments of create_model (depths, window_size, num_classes ...) must be those of the weights"
     raise ValueError(f"the weights of {source} in {path} do not fit this {type(model).__name__}: {text}. {hint}")

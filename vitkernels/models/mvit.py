@@ -47,6 +47,11 @@ class PatchEmbedding(nn.Module):
         return x.flatten(2).transpose(1, 2), tuple(x.shape[2:])
 
 
+def _overlapping(stride: tuple[int, ...]) -> tuple[int, ...]:
+    """The kernel of a pool that has none given: one more than the stride where there is one."""
+    return tuple(s + 1 if s > 1 else 1 for s in stride)
+
+
 class Block(nn.Module):
     """Pooled attention and MLP; the width changes in one of them, and the skip path pools as the queries do."""
 
@@ -72,7 +77,7 @@ class Block(nn.Module):
         """Maxima over the neighbourhood of every query that stays; a class token goes through."""
         if max(self.stride) == 1:
             return x
-        how = {"stride": self.stride, "kernel": tuple(s + 1 if s > 1 else 1 for s in self.stride), "mode": "max"}
+        how = {"stride": self.stride, "kernel": _overlapping(self.stride), "mode": "max"}
         heads = x.unflatten(-1, (self.attn.heads, -1))
         return pool_tokens(heads, thw=thw, has_cls=self.attn.has_cls, backend=self.attn.backend, **how)[0].flatten(2)
 
@@ -179,9 +184,7 @@ class MViT(Model):
         return (1,) * (len(self.size) - 2) + (stride, stride)
 
     def _kernel(self, kernel: int | None, stride: int) -> tuple[int, ...]:
-        if kernel is None:
-            return self._axes(stride + 1 if stride > 1 else 1)
-        return (kernel,) * len(self.size)
+        return _overlapping(self._axes(stride)) if kernel is None else (kernel,) * len(self.size)
 
     def _positions(self, thw: tuple[int, ...]) -> Tensor:  # [1, N, C]
         """Of every token of a map, interpolated where it is not the one that they were made for."""
