@@ -180,6 +180,33 @@ class Mlp(nn.Module):
         return self.fc2(self.act(self.fc1(x)))
 
 
+class TransformerBlock(nn.Module):
+    """Attention and MLP on a token map, each behind a LayerNorm and with its residual."""
+
+    def __init__(
+        self,
+        attn: AttentionLayer,
+        mlp_ratio: float,
+        drop_path: float,
+        *,
+        eps: float = 1e-5,
+        approximate: str = "none",
+    ):
+        super().__init__()
+        dim = attn.dim
+        self.norm1, self.attn = nn.LayerNorm(dim, eps=eps), attn
+        self.norm2, self.mlp = nn.LayerNorm(dim, eps=eps), Mlp(dim, int(dim * mlp_ratio), approximate=approximate)
+        self.drop_path = DropPath(drop_path)
+
+    def _between(self, x: Tensor) -> Tensor:
+        """What a family does after the attention and before the MLP."""
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, H, W, C]
+        x = self._between(x + self.drop_path(self.attn(self.norm1(x))))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
 def initialise(model: nn.Module) -> None:
     """Linear layers as all four papers' code has them: normal with deviation 0.02, truncated, no bias."""
     for module in model.modules():

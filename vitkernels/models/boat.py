@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..cluster_attention import FeatureSpaceAttention
 from ..partition_attention import CrossShapedWindowAttention, WindowAttention
-from ._blocks import DropPath, Mlp, Pyramid, Stage, drop_path_rates, nchw, nhwc, pad_to_multiple, per_stage
+from ._blocks import Pyramid, Stage, TransformerBlock, drop_path_rates, nchw, nhwc, pad_to_multiple, per_stage
 
 STRIDE = 4  # pixels between the tokens of the first stage
 
@@ -55,22 +55,16 @@ class PatchMerging(nn.Module):
         return self.reduction(self.norm(torch.cat(corners, -1)))
 
 
-class SwinBlock(nn.Module):
+class SwinBlock(TransformerBlock):
     """Window attention; where the windows are shifted, feature-space attention; MLP. Each with its residual."""
 
     def __init__(self, attn: WindowAttention, content: FeatureSpaceAttention | None, mlp_ratio: float, rate: float):
-        super().__init__()
-        dim = attn.dim
-        self.norm1, self.attn = nn.LayerNorm(dim), attn
-        self.norm4, self.attnC = (nn.LayerNorm(dim), content) if content is not None else (None, None)
-        self.norm2, self.mlp = nn.LayerNorm(dim), Mlp(dim, int(dim * mlp_ratio))
-        self.drop_path = DropPath(rate)
+        super().__init__(attn, mlp_ratio, rate)
+        self.norm4, self.attnC = (nn.LayerNorm(attn.dim), content) if content is not None else (None, None)
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, H, W, C]
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        if self.attnC is not None:
-            x = x + self.attnC(self.norm4(x))  # the official code never drops this branch
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+    def _between(self, x: Tensor) -> Tensor:
+        # the official code never drops this branch
+        return x if self.attnC is None else x + self.attnC(self.norm4(x))
 
 
 class BoatSwin(Pyramid):
@@ -139,22 +133,17 @@ class ConvMerging(ConvEmbedding):
         return super().forward(nchw(x))
 
 
-class CSWinBlock(nn.Module):
+class CSWinBlock(TransformerBlock):
     """Cross-shaped windows; in every second block feature-space attention; MLP. Each with its residual."""
 
-    def __init__(self, attn: nn.Module, content: FeatureSpaceAttention | None, mlp_ratio: float, rate: float):
-        super().__init__()
-        dim = attn.dim
-        self.norm1, self.attn = nn.LayerNorm(dim), attn
-        self.norm3, self.content_attn = (nn.LayerNorm(dim), content) if content is not None else (None, None)
-        self.norm2, self.mlp = nn.LayerNorm(dim), Mlp(dim, int(dim * mlp_ratio))
-        self.drop_path = DropPath(rate)
+    def __init__(
+        self, attn: CrossShapedWindowAttention, content: FeatureSpaceAttention | None, mlp_ratio: float, rate: float
+    ):
+        super().__init__(attn, mlp_ratio, rate)
+        self.norm3, self.content_attn = (nn.LayerNorm(attn.dim), content) if content is not None else (None, None)
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, H, W, C]
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        if self.content_attn is not None:
-            x = x + self.drop_path(self.content_attn(self.norm3(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+    def _between(self, x: Tensor) -> Tensor:
+        return x if self.content_attn is None else x + self.drop_path(self.content_attn(self.norm3(x)))
 
 
 class BoatCSWin(Pyramid):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..partition_attention import LongShortDistanceAttention
-from ._blocks import DropPath, Mlp, Pyramid, Stage, drop_path_rates, nchw, nhwc, pad_to_multiple, per_stage
+from ._blocks import Pyramid, Stage, TransformerBlock, drop_path_rates, nchw, nhwc, pad_to_multiple, per_stage
 
 STRIDE = 4  # pixels between the tokens of the first stage
 
@@ -76,21 +76,17 @@ class Merging(nn.Module):
         return nhwc(torch.cat([reduction(x) for reduction in self.reductions], 1))
 
 
-class Block(nn.Module):
-    """Attention and MLP, each with its residual; then, in some blocks of CrossFormer++, the amplitude cooling layer."""
+class Block(TransformerBlock):
+    """Then, in some blocks of CrossFormer++, the amplitude cooling layer."""
 
     def __init__(self, attn: LongShortDistanceAttention, mlp_ratio: float, drop_path: float, cooling: bool):
-        super().__init__()
+        super().__init__(attn, mlp_ratio, drop_path)
         dim = attn.dim
-        self.norm1, self.attn = nn.LayerNorm(dim), attn
-        self.norm2, self.mlp = nn.LayerNorm(dim), Mlp(dim, int(dim * mlp_ratio))
-        self.drop_path = DropPath(drop_path)
         self.ex_conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim) if cooling else None
         self.ex_ln = nn.LayerNorm(dim) if cooling else None
 
     def forward(self, x: Tensor) -> Tensor:  # [B, H, W, C]
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        x = x + self.drop_path(self.mlp(self.norm2(x)))
+        x = super().forward(x)
         return x if self.ex_conv is None else self.ex_ln(nhwc(self.ex_conv(nchw(x))))
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..partition_attention import MaxSA
-from ._blocks import DropPath, Mlp, Pyramid, Stage, drop_path_rates, initialise, nchw, nhwc, per_stage
+from ._blocks import DropPath, Pyramid, Stage, TransformerBlock, drop_path_rates, initialise, nchw, nhwc, per_stage
 
 HEAD_DIM = 32
 
@@ -123,21 +123,12 @@ class MBConv(nn.Module):
         return skip + self.drop_path(self.conv3_1x1(self.se(x)))
 
 
-class Attention(nn.Module):
+class Attention(TransformerBlock):
     """Block or grid attention and MLP, each with its residual."""
 
     def __init__(self, dim: int, mode: str, size: int, mlp_ratio: float, style: Style, drop_path: float):
-        super().__init__()
-        scale = dim**-0.5 if style.scale_by_width else None
-        self.norm1 = nn.LayerNorm(dim, eps=style.eps)
-        self.attn = MaxSA(dim, dim // HEAD_DIM, mode, size, scale=scale)
-        self.norm2 = nn.LayerNorm(dim, eps=style.eps)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), approximate=style.approximate)
-        self.drop_path = DropPath(drop_path)
-
-    def forward(self, x: Tensor) -> Tensor:  # [B, H, W, C]
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        attn = MaxSA(dim, dim // HEAD_DIM, mode, size, scale=dim**-0.5 if style.scale_by_width else None)
+        super().__init__(attn, mlp_ratio, drop_path, eps=style.eps, approximate=style.approximate)
 
 
 class Block(nn.Module):
