@@ -6,6 +6,7 @@ import mmap
 import os
 import pathlib
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 
 import pytest
 import torch
@@ -92,19 +93,24 @@ def poison():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(scope="session")
-def torchvision():
-    """torchvision. Beside a CPU build of torch its wheel lacks its operators, whose names are all that its import
-    needs.
+@lru_cache(maxsize=1)
+def import_torchvision() -> tuple:
+    """torchvision, which timm imports too, and what lives as long. Beside a CPU build of torch its wheel lacks its
+    operators, whose names are all that its import needs.
     """
+    library = None
     try:
-        module = pytest.importorskip("torchvision")
+        return pytest.importorskip("torchvision"), library
     except RuntimeError:  # operator torchvision::nms does not exist
         library = torch.library.Library("torchvision", "DEF")
         for name in ("nms", "qnms"):
             library.define(f"{name}(Tensor boxes, Tensor scores, float iou_threshold) -> Tensor")
-        module = pytest.importorskip("torchvision")
-    yield module  # with which the library lives
+        return pytest.importorskip("torchvision"), library
+
+
+@pytest.fixture(scope="session")
+def torchvision():
+    return import_torchvision()[0]
 
 
 @pytest.fixture(scope="session")

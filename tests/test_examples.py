@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
-from vitkernels import FeatureSpaceAttention, LongShortDistanceAttention, balanced_clusters
+from vitkernels import FeatureSpaceAttention, LongShortDistanceAttention, _dispatch, balanced_clusters
 
 np = pytest.importorskip("numpy")
 Image = pytest.importorskip("PIL.Image")
@@ -99,3 +100,68 @@ def test_photo_leaves_are_those_the_layer_attends_in(photo, leaf_size):
         keys = torch.cat((own, borrowed))
         weights = photo.attention_in(layer, x, token, keys, head=0)
         assert attended[token].item() == pytest.approx((weights * keys / 100).sum().item(), rel=1e-4)
+
+
+@pytest.fixture
+def accelerate_timm(monkeypatch, torchvision):
+    """The program, on one thread."""
+    pytest.importorskip("timm")
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "examples"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield importlib.import_module("accelerate_timm")
+    torch.set_num_threads(threads)
+
+
+SMALL = ["test_maxvit", "--device", "cpu", "--size", "64", "--batch", "2", "--seconds", "0.1"]
+needs_kernels = pytest.mark.skipif(_dispatch.absent("cpu") is not None, reason=str(_dispatch.absent("cpu")))
+
+
+@needs_kernels
+def test_accelerate_timm_compares_both_ways(accelerate_timm, capsys):
+    assert accelerate_timm.main([*SMALL, "--training"]) == 0
+    printed = capsys.readouterr().out
+    for said in ("8 modules run fused attention, 0 left alone", "images 2 x 3 x 64 x 64, float32, cpu"):
+        assert said in printed
+    difference = re.search(r"largest difference of the outputs: (\S+) of", printed)
+    assert 0 < float(difference[1]) < 1e-5
+    for name in ("inference", "training step"):
+        shipped, ours, ratio, rounds = re.search(rf"^{name} +(\S+) +(\S+) +(\S+)x +(\d+)$", printed, re.M).groups()
+        assert float(ratio) == pytest.approx(float(ours) / float(shipped), rel=0.05) and int(rounds) >= 3
+
+
+@needs_kernels
+@pytest.mark.parametrize("steps, said", [(4, "before anything was measured"), (9, r"inference .+x +2\n")])
+def test_accelerate_timm_says_what_it_measured_when_interrupted(accelerate_timm, monkeypatch, capsys, steps, said):
+    step, left = accelerate_timm.step, iter(range(3 + steps))  # three of them before it measures
+
+    def interrupted(*args):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return step(*args)
+
+    monkeypatch.setattr(accelerate_timm, "step", interrupted)
+    assert accelerate_timm.main([*SMALL, "--seconds", "100"]) == 130
+    assert re.search(said, capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (["swin_tiny_patch4_window7_225"], r"no model swin_tiny_patch4_window7_225: try swin_tiny_patch4_window7_224 "),
+        ([*SMALL, "--size", "100"], r"run test_maxvit \(AssertionError: height .*\): leave --size 100 out"),
+        (["test_maxvit", "--batch", "0"], r"--batch: must be an integer of at least 1, got '0'"),
+        (["test_maxvit", "--device", "meta"], r"--device meta must be one that is there"),
+    ],
+)  # fmt: skip
+def test_accelerate_timm_refuses_in_one_line(accelerate_timm, capsys, options, said):
+    with pytest.raises(SystemExit) as stop:
+        accelerate_timm.main(options)
+    printed = capsys.readouterr().err
+    assert stop.value.code == 2 and printed.count("\n") == 1 and re.search(said, printed)
+
+
+def test_accelerate_timm_says_when_there_is_nothing_to_accelerate(accelerate_timm, capsys):
+    assert accelerate_timm.main(["test_vit", "--device", "cpu"]) == 1
+    printed = capsys.readouterr()
+    assert "nothing to accelerate in VisionTransformer" in printed.out and "test_vit" in printed.err

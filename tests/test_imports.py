@@ -12,10 +12,12 @@ FILES = sorted(
     p.relative_to(PACKAGE.parent).with_suffix("").as_posix().replace("/", ".") for p in PACKAGE.rglob("*.py")
 )
 
-# what a file may import from the package, by its name within its folder; a folder is an operator
+_OPERATORS = {"partition", "partition_attention", "pooled_attention", "position_bias"}
+# what a file may import from the package, by its name, with that of its folder where two have one name
 ALLOWED = {
     "__init__": {"_dispatch", "partition", "module", "op", "clusters", "reference"}
-    | {"position_bias", "partition_attention", "cluster_attention", "pooled_attention", "pool"},
+    | {"position_bias", "partition_attention", "cluster_attention", "pooled_attention", "pool"}
+    | {"integrations", "accelerate"},
     "__main__": {"", "_dispatch"},
     "module": {
         "_checks",
@@ -45,6 +47,13 @@ ALLOWED = {
     "maxvit": {"_blocks", "partition_attention"},
     "mvit": {"_blocks", "pooled_attention"},
     "checkpoints": {"_blocks", "boat", "crossformer", "maxvit", "mvit"},
+    # integrations call operators from modules of others
+    "recipe": _OPERATORS,
+    "swin": _OPERATORS | {"recipe"},
+    "integrations.crossformer": _OPERATORS | {"recipe"},
+    "integrations.maxvit": _OPERATORS | {"recipe"},
+    "integrations.mvit": _OPERATORS | {"recipe"},
+    "accelerate": {"_dispatch", "crossformer", "maxvit", "mvit", "recipe", "swin"},
     "_triton": set(),
     "_dispatch": {"_native"},
     "_checks": set(),
@@ -78,13 +87,14 @@ def imports(module: str):
 def test_direction(module):
     name = module.rsplit(".", 1)[-1]
     own = module.rsplit(".", 1)[0]
+    allowed = ALLOWED.get(f"{own.rsplit('.', 1)[-1]}.{name}") or ALLOWED[name]
     for imported, lazy in imports(module):
         if imported.split(".")[0] == "triton":
             assert name in KERNELS, f"{module} imports triton"
         if imported.split(".")[0] != "vitkernels":
             continue
         short = imported.removeprefix("vitkernels.").removeprefix(own.removeprefix("vitkernels.") + ".")
-        known = short in ALLOWED[name] or (name in ("__init__", "__main__") and "." not in short)
+        known = short in allowed or (name in ("__init__", "__main__") and "." not in short)
         assert known, f"{module} imports {imported}"
         if short in KERNELS and name not in KERNELS:
             assert lazy, f"{module} imports {short} when it is imported"

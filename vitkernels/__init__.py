@@ -10,6 +10,7 @@ from .cluster_attention import (
     cluster_attention,
     feature_space_attention,
 )
+from .integrations import accelerate
 from .partition import Partition
 from .partition_attention import (
     CrossShapedWindowAttention,
@@ -38,6 +39,7 @@ __all__ = [
     "Partition",
     "Pool",
     "WindowAttention",
+    "accelerate",
     "balanced_clusters",
     "block_attention",
     "cluster_attention",

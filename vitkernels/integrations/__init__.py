@@ -1,0 +1,3 @@
+from .accelerate import Report, accelerate
+
+__all__ = ["Report", "accelerate"]

@@ -1,0 +1,282 @@
+"""`accelerate`: fused attention in a model of another library, and the report of what it did."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import _dispatch
+from . import crossformer, maxvit, mvit, swin
+from .recipe import Recipe, Unsuitable
+
+RECIPES = (*swin.RECIPES, *maxvit.RECIPES, *mvit.RECIPES, *crossformer.RECIPES)
+_LIBRARIES = {recipe.classes[0].partition(".")[0] for recipe in RECIPES if recipe.by_name} | {"vitkernels"}
+OUTPUT_OFF, GRADIENT_OFF = 1e-4, 1e-3  # of the largest magnitude, in float32, for both ways to count as equal
+
+
+class Replaced(NamedTuple):
+    """A module whose attention is fused."""
+
+    name: str  # within the model
+    was: str  # library and class
+    now: str  # what runs
+
+
+class Skipped(NamedTuple):
+    """A module that was recognised and left alone."""
+
+    name: str
+    was: str
+    reason: str
+
+
+class Report:
+    """What `accelerate` did with a model; prints as a table.
+
+    Attributes:
+        replaced: the modules whose attention is fused now, also those that were before the call: `Replaced` tuples.
+        skipped: the modules that were recognised and left alone: `Skipped` tuples.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.replaced: list[Replaced] = []
+        self.skipped: list[Skipped] = []
+        self._model = model
+        self._bound: list[tuple[nn.Module, str]] = []
+
+    def undo(self) -> None:
+        """Give every module in ``replaced`` its own methods back; the model is as it was, whoever accelerated it."""
+        for module, method in self._bound:
+            if _ours(vars(module).get(method)):
+                delattr(module, method)
+        self._bound = []
+        _forget_graphs(self._model)
+
+    def __str__(self) -> str:
+        if not self.replaced and not self.skipped:
+            return f"vitkernels: nothing to accelerate in {type(self._model).__name__}. Looked for:\n" + _table(
+                _looked_for()
+            )
+        parts = [f"vitkernels: {len(self.replaced)} modules run fused attention, {len(self.skipped)} left alone"]
+        if self.replaced:
+            parts.append(_table([("module", "was", "runs now"), *self.replaced]))
+        if self.skipped:
+            parts.append(_table([("left alone", "is", "because"), *self.skipped]))
+        return "\n\n".join(parts)
+
+    __repr__ = __str__
+
+
+def _table(rows: list[tuple[str, ...]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths)).rstrip() for row in rows)
+
+
+def _looked_for() -> list[tuple[str, ...]]:
+    return [(recipe.library, name) for recipe in RECIPES if recipe.methods for name in recipe.classes]
+
+
+# What stands in the modules
+
+
+def run(function: Callable, module: nn.Module, method: str, *args, **kwargs) -> object:
+    """``function`` in place of a method; the method itself where ``function`` does not serve the call."""
+    out = function(module, *args, **kwargs)
+    return getattr(type(module), method)(module, *args, **kwargs) if out is None else out
+
+
+def _ours(value: object) -> bool:
+    return isinstance(value, partial) and value.func is run
+
+
+def _places(module: nn.Module, recipe: Recipe) -> Iterator[tuple[nn.Module, str, Callable]]:
+    """The modules and methods that a recipe replaces."""
+    for path, function in recipe.methods.items():
+        part, _, method = path.rpartition(".")
+        yield module.get_submodule(part), method, function
+
+
+def _bind(module: nn.Module, recipe: Recipe) -> None:
+    for part, method, function in list(_places(module, recipe)):
+        setattr(part, method, partial(run, function, part, method))
+
+
+def _forget_graphs(model: nn.Module) -> None:
+    """Graphs that torch.compile made with the methods of before."""
+    compiled = (getattr(m, "_compiled_call_impl", None) or hasattr(m, "_orig_mod") for m in model.modules())
+    if any(compiled):
+        torch.compiler.reset()
+
+
+# What is replaced
+
+
+def _class(module: nn.Module) -> type:
+    """That which its author gave it: FSDP2 derives one of its own."""
+    kinds = type(module).__mro__
+    return kinds[2] if kinds[1].__name__ == "FSDPModule" else kinds[0]
+
+
+def _recipe(kind: type) -> tuple[Recipe, type] | tuple[None, None]:
+    """That of a class or of the nearest one it derives from, and that one."""
+    for base in kind.__mro__:
+        for recipe in RECIPES:
+            if recipe.fits(base) and (recipe.by_name or base.__module__.partition(".")[0] not in _LIBRARIES):
+                return recipe, base
+    return None, None
+
+
+def _accelerated(module: nn.Module, recipe: Recipe) -> bool:
+    try:
+        return bool(recipe.methods) and all(
+            _ours(vars(part).get(method)) for part, method, _ in _places(module, recipe)
+        )
+    except AttributeError:  # it lacks a part
+        return False
+
+
+def _check(module: nn.Module, recipe: Recipe, base: type) -> str:
+    """What will run; raises Unsuitable."""
+    try:
+        now, rate = recipe.check(module), recipe.dropout(module)
+        for part, method, _ in _places(module, recipe):
+            if method in vars(part):
+                raise Unsuitable(f"its {method} was replaced by something else before")
+            author = next(kind for kind in type(part).__mro__ if method in vars(kind))
+            if author.__module__ != base.__module__:
+                raise Unsuitable(f"{author.__name__} has a {method} of its own")
+    except Unsuitable:
+        raise
+    except Exception as error:  # whatever else a class of this name may have in these places
+        raise Unsuitable(f"it is not made as the published class is: {error}") from error
+    if rate > 0 and module.training:
+        raise Unsuitable(f"it drops attention weights while it is trained (rate {rate:g}), which no kernel here does")
+    return now + (f"; as before while trained (attention dropout {rate:g})" if rate > 0 else "")
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next((p.device for p in module.parameters()), torch.device("cpu"))
+
+
+def _expect_faster(module: nn.Module, recipe: Recipe) -> None:
+    """What would run is faster on the module's device."""
+    device = _device(module)
+    backend = {"cuda": "triton", "cpu": "cpu", "meta": "reference"}.get(device.type)
+    absent = _dispatch.absent(backend) if backend else "vitkernels has none"
+    if absent:
+        raise Unsuitable(f"there are no kernels for {device.type} here ({absent}): what would run is not faster")
+    if slower := recipe.slower(module):
+        raise Unsuitable(slower)
+
+
+def _twin(module: nn.Module, seed: int = 0) -> nn.Module:
+    """A copy in float32 and in eval mode with parameters of every magnitude: fresh tables may be zero."""
+    twin = copy.deepcopy(module).float().eval()
+    device = _device(twin)
+    generator = torch.Generator(device).manual_seed(seed)
+    with torch.no_grad():
+        for name, p in twin.named_parameters():
+            p.requires_grad_()
+            spread = 0.5 if p.dim() < 2 or "rel" in name else p[0].numel() ** -0.5
+            p.copy_(torch.randn(p.shape, generator=generator, device=device) * spread)
+            if p.dim() == 1 and name.endswith("weight"):
+                p += 1
+    return twin
+
+
+def _compare(module: nn.Module, recipe: Recipe) -> None:
+    """What would run computes what runs, on random parameters and inputs: the output and all gradients."""
+    device = _device(module)
+    if device.type == "meta":
+        raise Unsuitable("both ways cannot be compared on the meta device; give the model memory first")
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.enable_grad():
+        torch.manual_seed(0)
+        try:
+            twin = _twin(module)
+            args = [a.to(device).requires_grad_() if isinstance(a, Tensor) else a for a in recipe.inputs(twin)]
+            expected = _results(twin, args)
+        except Exception as error:
+            raise Unsuitable(f"both ways could not be compared: {error}") from error
+        _bind(twin, recipe)
+        found = _results(twin, args)
+    largest = {name: x.abs().max().item() for name, x in expected.items()}
+    noise = 0.01 * max(largest[name] for name in largest if name != "output")  # a key's bias has a gradient of zero
+    for name, x in expected.items():
+        allowed, unit = (OUTPUT_OFF, 0) if name == "output" else (GRADIENT_OFF, noise)
+        error = (found[name] - x).abs().max().item() / max(largest[name], unit)
+        if not error <= allowed:
+            raise Unsuitable(f"its {name} would be off by {error:.1e} of the largest value")
+
+
+def _results(module: nn.Module, args: list) -> dict[str, Tensor]:
+    """Its output and all gradients."""
+    out = module(*args)
+    out = out[0] if isinstance(out, tuple) else out
+    leaves = {"input's gradient": args[0], **{f"{name}'s gradient": p for name, p in module.named_parameters()}}
+    cotangent = torch.linspace(-1, 1, out.numel(), device=out.device).view(out.shape).cos()
+    grads = torch.autograd.grad(out, list(leaves.values()), cotangent, allow_unused=True)
+    return {"output": out.detach(), **{name: g for name, g in zip(leaves, grads) if g is not None}}
+
+
+def accelerate(model: nn.Module, *, verify: bool = False, force: bool = False) -> Report:
+    """Swap the attention of a live model of another library for the operators here; weights and results stay.
+
+    Recognised, by the names of classes and what they have: Swin, Swin V2, MaxViT and MViTv2 of timm; Swin, Swin V2,
+    MaxViT, MViT and MViTv2 of torchvision; Microsoft's Swin (classification and detection) and MMDetection's; the
+    official CrossFormer and CrossFormer++. Parameters, buffers and the state dict are untouched: methods of the modules
+    are replaced, on the instances, and read the parameters at every call. What is recognised but cannot be served as it
+    is, is left alone, with the reason in the report.
+
+    A model may be accelerated before or after it is moved, cast, compiled, or wrapped in DistributedDataParallel;
+    graphs of torch.compile are forgotten (all of the process: `torch.compiler.reset`). Twice does no more than once. An
+    accelerated model can be copied and pickled, and the copy is accelerated.
+
+    Args:
+        model: any module; all in it are looked at.
+        verify: compare both ways, output and gradients, on a copy of every module with random parameters and a random
+            input of the size it was made for, and leave those alone that differ. Classes that are recognised by
+            their names in any file (Microsoft's, MMDetection's, CrossFormer's) are always compared.
+        force: also replace what is not faster on the device where the module is: anything where there are no kernels
+            (a CPU without the C++ library), and what was measured to be slower.
+
+    Returns:
+        A report that prints as a table: `Report.replaced`, `Report.skipped`, `Report.undo`.
+
+    Raises:
+        TypeError: model is not a torch.nn.Module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    report = Report(model)
+    changed = False
+    for name, module in model.named_modules():
+        kind = _class(module)
+        recipe, base = _recipe(kind)
+        if recipe is None:
+            continue
+        label = re.sub(r"(^|\.)(_orig_mod|module)(?=\.|$)", "", name).removeprefix(".") or "(the model)"
+        was = f"{recipe.library} {kind.__name__}"
+        try:
+            done = _accelerated(module, recipe)
+            now = recipe.check(module) if done else _check(module, recipe, base)
+            if not done:
+                if not force:
+                    _expect_faster(module, recipe)
+                if verify or not recipe.by_name or kind is not base:
+                    _compare(module, recipe)
+                _bind(module, recipe)
+                changed = True
+        except Unsuitable as reason:
+            report.skipped.append(Skipped(label, was, str(reason)))
+        else:
+            report.replaced.append(Replaced(label, was, now))
+            report._bound += [(part, method) for part, method, _ in _places(module, recipe)]
+    if changed:
+        _forget_graphs(model)
+    return report

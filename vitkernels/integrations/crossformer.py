@@ -1,0 +1,120 @@
+"""CrossFormer and CrossFormer++ (Wang et al., ICLR 2022, TPAMI 2024), as their authors write them.
+
+The block of the first classification code spreads a group over the map, that of the first detection code takes every
+interval-th token, and that of CrossFormer++ has groups of fixed size and interval. What they pad they mask, as the
+operator does with places outside the map.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from torch import Tensor, nn
+
+from ..partition import Partition
+from ..position_bias import dynamic_position_bias
+from .recipe import (
+    Recipe,
+    attend,
+    check_kind,
+    check_parts,
+    check_projections,
+    check_scale,
+    drops,
+    expect,
+    packed,
+    times,
+)
+
+
+def _attention(attn: nn.Module, x: Tensor, partition: object = None, *_, **__) -> Tensor | None:  # [B, H, W, C]
+    if not isinstance(partition, Partition):
+        return None
+    bias = None
+    if attn.position_bias:
+        group = partition.on(*x.shape[1:3]).group
+        bias = dynamic_position_bias(_weights(attn.pos), group, residual=attn.pos.residual)
+    return attn.proj_drop(attn.proj(attend(packed(attn.qkv(x), attn.num_heads), partition, bias, attn.scale)))
+
+
+def _weights(pos: nn.Module) -> list[Tensor]:
+    layers = [pos.pos_proj, *(layer for block in (pos.pos1, pos.pos2, pos.pos3) for layer in (block[0], block[2]))]
+    return [weight for layer in layers for weight in (layer.weight, layer.bias)]
+
+
+def _partition(block: nn.Module) -> Partition:
+    if not block.lsda_flag:
+        return Partition.window(block.group_size)
+    if not hasattr(block, "interval"):
+        return Partition.grid(block.group_size)
+    if not hasattr(block, "pad_type"):
+        return Partition.interval_only(block.interval)
+    return Partition.long(block.group_size, block.interval)
+
+
+def _block(block: nn.Module, x: Tensor, *size: int) -> Tensor | None:  # [B, H W, C]
+    height, width = size or block.input_resolution
+    small = size and min(height, width) <= block.group_size  # the block then changes itself
+    if drops(block.attn) or small or x.shape[1] != height * width:
+        return None
+    out = block.attn(block.norm1(x).unflatten(1, (height, width)), _partition(block))
+    x = x + block.drop_path(out.flatten(1, 2))
+    x = x + block.drop_path(block.mlp(block.norm2(x)))
+    if not hasattr(block, "ex_conv"):
+        return x
+    x = block.ex_conv(x.unflatten(1, (height, width)).permute(0, 3, 1, 2))  # the amplitude cooling layer
+    return block.ex_ln(x.permute(0, 2, 3, 1).flatten(1, 2))
+
+
+def _on_maps(block: nn.Module) -> bool:
+    """Whether its forward takes the map's height and width, as the detection code's does."""
+    return len(inspect.signature(type(block).forward).parameters) == 4
+
+
+def _check(block: nn.Module) -> str:
+    check_parts(block, "norm1", "attn", "drop_path", "norm2", "mlp", "ex_conv", "ex_ln")
+    for name in ("use_cpe", "no_mask", "adaptive_interval", "pad_type"):
+        expect(not getattr(block, name, False), f"its {name} is {getattr(block, name, None)!r}")
+    attn, group, interval = block.attn, block.group_size, getattr(block, "interval", 1)
+    for name, value in (("group_size", group), ("interval", interval)):
+        expect(isinstance(value, int) and value > 0, f"its {name} is {value!r}, expected an int")
+    check_kind(attn, "Attention")
+    check_projections(attn.qkv, attn.proj, attn.num_heads, attn.dim // attn.num_heads)
+    check_scale(attn.scale)
+    if attn.position_bias:
+        _check_positions(attn.pos, attn.num_heads)
+    if not block.lsda_flag:
+        return f"partition_attention, groups {times((group, group))}"
+    return f"partition_attention, groups {times((group, group))}, " + (
+        f"every {interval} tokens" if hasattr(block, "interval") else "spread over the map"
+    )
+
+
+def _check_positions(pos: nn.Module, heads: int) -> None:
+    p = pos.pos_proj.weight.shape[0]
+    layer = [(p,), (p,), (p, p), (p,)]
+    expected = [(p, 2), (p,), *layer, *layer, (p,), (p,), (heads, p), (heads,)]
+    got = [tuple(weight.shape) for weight in _weights(pos)]
+    expect(got == expected, f"its position MLP has weights of {got}, expected {expected}")
+
+
+def _inputs(block: nn.Module) -> tuple:
+    if not _on_maps(block):
+        height, width = block.input_resolution
+        return (torch.randn(1, height * width, block.dim),)
+    least = block.group_size + 1
+    height, width = least + 2, max(least, block.group_size * getattr(block, "interval", 1) + 3)
+    return torch.randn(1, height * width, block.dim), height, width
+
+
+RECIPES = (
+    Recipe(
+        "CrossFormer's",
+        ("*.CrossFormerBlock",),
+        {"forward": _block, "attn.forward": _attention},
+        _check,
+        _inputs,
+        by_name=False,
+    ),
+)

@@ -1,0 +1,220 @@
+"""MaxViT (Tu et al., ECCV 2022), as timm and torchvision write it.
+
+They refuse maps that do not divide, and so does what runs here: it leaves such a call to them. Of a fused projection
+timm's own models ("rw") have a head's queries, keys and values beside each other, its models from TensorFlow ("tf") all
+queries first; the tables of the latter count from key to query. torchvision scales by the width of the layer, not of a
+head.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..partition import Partition
+from .recipe import (
+    Pair,
+    Recipe,
+    Unsuitable,
+    as_pair,
+    attend,
+    channels,
+    check_kind,
+    check_projections,
+    check_scale,
+    check_table,
+    drops,
+    expect,
+    packed,
+    swin_table,
+    times,
+)
+
+
+def _divides(x: Tensor, size: Pair) -> bool:  # [B, H, W, C]
+    return x.shape[1] % size[0] == 0 and x.shape[2] % size[1] == 0
+
+
+def _partition(block: bool, size: Pair) -> Partition:
+    return Partition.window(tuple(size)) if block else Partition.grid(tuple(size))
+
+
+# timm
+
+
+def _attention(attn: nn.Module, x: Tensor, partition: object = None, **_) -> Tensor | None:  # [B, H, W, C]
+    if not isinstance(partition, Partition):
+        return None
+    return attn.proj_drop(attn.proj(_values(attn, attn.qkv(x), partition)))
+
+
+def _attention_2d(attn: nn.Module, x: Tensor, partition: object = None, **_) -> Tensor | None:  # [B, C, H, W]
+    if not isinstance(partition, Partition):
+        return None
+    qkv = attn.qkv(x.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1)
+    return attn.proj_drop(attn.proj(_values(attn, qkv, partition).permute(0, 3, 1, 2)))
+
+
+def _values(attn: nn.Module, qkv: Tensor, partition: Partition) -> Tensor:  # [B, H, W, 3C] -> [B, H, W, C]
+    if attn.head_first:
+        qkv = qkv.unflatten(-1, (attn.num_heads, 3, -1)).transpose(-3, -2)
+    else:
+        qkv = packed(qkv, attn.num_heads)
+    return attend(qkv, partition, _bias(attn.rel_pos), attn.scale)
+
+
+def _bias(rel_pos: nn.Module | None) -> Tensor | None:  # [heads, 2Gh-1, 2Gw-1], query minus key
+    if rel_pos is None:
+        return None
+    if hasattr(rel_pos, "mlp"):  # on log offsets
+        bias = rel_pos.bias_act(rel_pos.mlp(rel_pos.rel_coords_log).permute(2, 0, 1))
+        return bias if rel_pos.bias_gain is None else rel_pos.bias_gain * bias
+    table = rel_pos.relative_position_bias_table
+    return table.flip(1, 2) if table.dim() == 3 else swin_table(table, rel_pos.window_size)
+
+
+def _timm_attn(block: nn.Module, x: Tensor) -> Tensor | None:  # [B, H, W, C]
+    if drops(block.attn) or not _divides(x, block.partition_size):
+        return None
+    return block.attn(x, _partition(block.partition_block, block.partition_size))
+
+
+def _timm_attn_2d(block: nn.Module, x: Tensor) -> Tensor | None:  # [B, C, H, W]
+    if drops(block.attn) or not _divides(x.permute(0, 2, 3, 1), block.partition_size):
+        return None
+    return block.attn(x, _partition(block.partition_block, block.partition_size))
+
+
+def _timm_parallel_attn(block: nn.Module, x: Tensor) -> Tensor | None:  # [B, H, W, C]
+    if drops(block.attn_block) or drops(block.attn_grid) or not _divides(x, block.partition_size):
+        return None
+    on_blocks = block.attn_block(x, _partition(True, block.partition_size))
+    return torch.cat((on_blocks, block.attn_grid(x, _partition(False, block.partition_size))), -1)
+
+
+def _check_timm_attention(attn: nn.Module, size: Pair) -> None:
+    check_kind(attn, "AttentionCl", "Attention2d")
+    heads, rel_pos = attn.num_heads, attn.rel_pos
+    check_projections(attn.qkv, attn.proj, heads, attn.dim_head)
+    check_scale(attn.scale)
+    if rel_pos is None:
+        return
+    check_kind(rel_pos, "RelPosBias", "RelPosBiasTf", "RelPosMlp")
+    expect(not getattr(rel_pos, "prefix_tokens", 0), "its bias has a place for prefix tokens")
+    expect(as_pair(rel_pos.window_size, "bias's window_size") == size, f"its bias is for {rel_pos.window_size} tokens")
+    sides = tuple(2 * n - 1 for n in size)
+    if hasattr(rel_pos, "mlp"):
+        check_table(rel_pos.rel_coords_log, (*sides, 2))
+        expect(rel_pos.num_heads == heads, f"its bias is for {rel_pos.num_heads} heads, its attention has {heads}")
+    else:
+        tf = type(rel_pos).__name__ == "RelPosBiasTf"
+        check_table(rel_pos.relative_position_bias_table, (heads, *sides) if tf else (sides[0] * sides[1], heads))
+
+
+def _describe(block: bool, size: Pair) -> str:
+    return f"partition_attention, {'blocks' if block else 'grid'} {times(size)}"
+
+
+def _check_timm(block: nn.Module) -> str:
+    size = as_pair(block.partition_size, "partition_size")
+    expect(isinstance(block.partition_block, bool), f"its partition_block is {block.partition_block!r}")
+    _check_timm_attention(block.attn, size)
+    return _describe(block.partition_block, size)
+
+
+def _check_timm_parallel(block: nn.Module) -> str:
+    size = as_pair(block.partition_size, "partition_size")
+    for attn in (block.attn_block, block.attn_grid):
+        _check_timm_attention(attn, size)
+    return f"partition_attention, blocks and grid {times(size)}"
+
+
+def _of_timm(block: nn.Module) -> tuple:
+    size = as_pair(block.partition_size, "partition_size")
+    return (torch.randn(1, 2 * size[0], 3 * size[1], block.norm1.weight.shape[0]),)
+
+
+def _of_timm_2d(block: nn.Module) -> tuple:
+    return (_of_timm(block)[0].permute(0, 3, 1, 2),)
+
+
+def _whole_map(block: nn.Module) -> str:
+    raise Unsuitable("it attends over the whole map (CoAtNet), with a bias for each pair of tokens")
+
+
+# torchvision
+
+
+def _torchvision_attention(attn: nn.Module, x: Tensor, partition: object = None) -> Tensor | None:  # [B, H, W, C]
+    if not isinstance(partition, Partition):
+        return None
+    bias = swin_table(attn.relative_position_bias_table, partition.group)
+    return attn.merge(attend(packed(attn.to_qkv(x), attn.n_heads), partition, bias, attn.scale_factor))
+
+
+def _torchvision_layer(layer: nn.Module, x: Tensor) -> Tensor | None:  # [B, C, H, W]
+    if tuple(x.shape[2:]) != tuple(layer.grid_size):
+        return None
+    norm, attn, drop = layer.attn_layer
+    x = x.permute(0, 2, 3, 1)
+    partition = _partition(layer.partition_type == "window", (attn.size, attn.size))
+    x = x + layer.stochastic_dropout(drop(attn(norm(x), partition)))
+    x = x + layer.stochastic_dropout(layer.mlp_layer(x))
+    return x.permute(0, 3, 1, 2)
+
+
+def _check_torchvision(layer: nn.Module) -> str:
+    kinds = [type(part).__name__ for part in layer.attn_layer]
+    expect(len(kinds) == 3, f"its attn_layer is {', '.join(kinds)}, expected a norm, the attention and a dropout")
+    attn, grid = layer.attn_layer[1], as_pair(layer.grid_size, "grid_size")
+    check_kind(attn, "RelativePositionalMultiHeadAttention")
+    size = attn.size
+    expect(attn.max_seq_len == size**2, f"its attention is for {attn.max_seq_len} tokens, which are no square")
+    expect(layer.partition_type in ("window", "grid"), f"its partition_type is {layer.partition_type!r}")
+    expect(grid[0] % size == 0 and grid[1] % size == 0, f"its map, {times(grid)}, is no multiple of {size} tokens")
+    p, g = (size, grid[0] // size) if layer.partition_type == "window" else (grid[0] // size, size)
+    expect((layer.p, layer.g) == (p, g), f"it divides its map into {layer.g} parts of {layer.p}, expected {g} of {p}")
+    expect(grid[0] == grid[1] or p == size, f"its grid is on a map of {times(grid)}, expected a square")
+    check_projections(attn.to_qkv, attn.merge, attn.n_heads, attn.head_dim)
+    check_table(attn.relative_position_bias_table, ((2 * size - 1) ** 2, attn.n_heads))
+    check_scale(attn.scale_factor)
+    return _describe(layer.partition_type == "window", (size, size))
+
+
+def _of_torchvision(layer: nn.Module) -> tuple:
+    return (torch.randn(1, channels(layer.attn_layer[1].to_qkv)[0], *layer.grid_size),)
+
+
+RECIPES = (
+    Recipe(
+        "timm",
+        ("timm.models.maxxvit.PartitionAttentionCl",),
+        {"_partition_attn": _timm_attn, "attn.forward": _attention},
+        _check_timm,
+        _of_timm,
+    ),
+    Recipe(
+        "timm",
+        ("timm.models.maxxvit.PartitionAttention2d",),
+        {"_partition_attn": _timm_attn_2d, "attn.forward": _attention_2d},
+        _check_timm,
+        _of_timm_2d,
+    ),
+    Recipe(
+        "timm",
+        ("timm.models.maxxvit.ParallelPartitionAttention",),
+        {"_partition_attn": _timm_parallel_attn, "attn_block.forward": _attention, "attn_grid.forward": _attention},
+        _check_timm_parallel,
+        _of_timm,
+        attention=("attn_block", "attn_grid"),
+    ),
+    Recipe("timm", ("timm.models.maxxvit.TransformerBlock2d",), {}, _whole_map, _of_timm_2d),
+    Recipe(
+        "torchvision",
+        ("torchvision.models.maxvit.PartitionAttentionLayer",),
+        {"forward": _torchvision_layer, "attn_layer.1.forward": _torchvision_attention},
+        _check_torchvision,
+        _of_torchvision,
+        attention=("attn_layer.1",),
+    ),
+)

@@ -1,0 +1,141 @@
+"""How a module of another library is recognised, and what runs in place of its methods.
+
+Such a function takes the module and the method's arguments and computes from the module's parameters as they are at
+that moment. Where it does not serve a call it returns None, and the method runs as it was. A block hands its attention
+module the whole token map, and a `Partition` in the place of a mask: the module is still called, with its hooks and
+its wrappers.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from ..partition import Partition
+from ..partition_attention import partition_attention_qkvpacked
+
+Pair = tuple[int, int]  # (height, width) in tokens
+
+
+class Unsuitable(Exception):
+    """Why a module is left alone."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What runs in place of methods of a class of another library.
+
+    Args:
+        library: whose class it is, as the report says it.
+        classes: patterns of the class's full name.
+        methods: what runs instead, by the method's name in the module or in a part of it ("attn.forward").
+        check: what will run, as the report says it; raises `Unsuitable`.
+        inputs: arguments of its forward, on the CPU, to compare both ways with. It is given a copy of the module, of
+            which it may set attributes.
+        attention: the attention modules, by name within the module.
+        by_name: whether the name tells what forward computes, as that of a library's class does. Else both ways are
+            compared before anything is replaced.
+        slower: where the fused way was measured not to be the faster one, in words; None elsewhere.
+    """
+
+    library: str
+    classes: tuple[str, ...]
+    methods: Mapping[str, Callable]
+    check: Callable[[nn.Module], str]
+    inputs: Callable[[nn.Module], tuple]
+    attention: tuple[str, ...] = ("attn",)
+    by_name: bool = True
+    slower: Callable[[nn.Module], str | None] = lambda module: None
+
+    def fits(self, kind: type) -> bool:
+        name = f"{kind.__module__}.{kind.__qualname__}"
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.classes)
+
+    def dropout(self, module: nn.Module) -> float:
+        return max(dropout(module.get_submodule(name)) for name in self.attention)
+
+
+def dropout(attn: nn.Module) -> float:
+    """The rate at which it drops attention weights while it is trained, which no kernel here does."""
+    layer = getattr(attn, "attn_drop", None)
+    return getattr(layer, "p", 0.0) if layer is not None else getattr(attn, "attention_dropout", 0.0)
+
+
+def drops(attn: nn.Module) -> bool:
+    return attn.training and dropout(attn) > 0
+
+
+# What a check is made of: nothing is replaced unless every attribute that is read is what it is taken for.
+
+
+def expect(condition: bool, otherwise: str) -> None:
+    if not condition:
+        raise Unsuitable(otherwise)
+
+
+def channels(layer: nn.Module) -> tuple[int, int]:
+    """Channels into and out of a linear layer or of a 1 x 1 convolution."""
+    if hasattr(layer, "in_features"):
+        return layer.in_features, layer.out_features
+    point = getattr(layer, "kernel_size", None) == (1, 1) and getattr(layer, "groups", None) == 1
+    expect(point, f"it has a {type(layer).__name__} where a linear layer is expected")
+    return layer.in_channels, layer.out_channels
+
+
+def check_projections(qkv: nn.Module, proj: nn.Module, heads: int, head_dim: int) -> None:
+    (_, out), (into, _), inner = channels(qkv), channels(proj), heads * head_dim
+    expect(out == 3 * inner, f"its qkv projection gives {out} channels, expected 3 x {heads} heads x {head_dim}")
+    expect(into == inner, f"its output projection takes {into} channels, expected {heads} heads x {head_dim}")
+
+
+def check_table(table: Tensor, expected: tuple[int, ...]) -> None:
+    expect(tuple(table.shape) == expected, f"its bias table is {list(table.shape)}, expected {list(expected)}")
+
+
+def check_scale(scale: object) -> None:
+    number = isinstance(scale, (int, float)) and not isinstance(scale, bool) and math.isfinite(scale)
+    expect(number, f"its scale is {scale!r}, expected a number")
+
+
+def check_kind(part: object, *names: str) -> None:
+    kinds = [kind.__name__ for kind in type(part).__mro__]
+    expect(any(name in kinds for name in names), f"it has a {kinds[0]} where a {' or '.join(names)} is expected")
+
+
+def check_parts(module: nn.Module, *names: str) -> None:
+    """It has no part that the function which replaces its forward does not know of."""
+    own = [name for name, _ in module.named_parameters(recurse=False)]
+    others = sorted({*own, *(name for name, part in module.named_children() if part is not None)} - set(names))
+    expect(not others, f"it has {', '.join(others)}, which the published class has not")
+
+
+def as_pair(value: object, name: str) -> Pair:
+    """(height, width), of one int or of two."""
+    pair = (value, value) if isinstance(value, int) else value
+    fine = isinstance(pair, (tuple, list)) and len(pair) == 2 and all(isinstance(n, int) for n in pair)
+    expect(fine, f"its {name} is {value!r}, expected an int or two")
+    return tuple(pair)
+
+
+def times(size: Pair) -> str:
+    return f"{size[0]} x {size[1]}"
+
+
+# Attention on a whole map
+
+
+def packed(qkv: Tensor, heads: int) -> Tensor:  # [B, H, W, 3C] -> [B, H, W, 3, heads, head_dim]
+    return qkv.unflatten(-1, (3, heads, -1))
+
+
+def swin_table(table: Tensor, window: Pair) -> Tensor:  # [(2Gh-1)(2Gw-1), heads] -> [heads, 2Gh-1, 2Gw-1]
+    return table.t().unflatten(1, tuple(2 * n - 1 for n in window))
+
+
+def attend(qkv: Tensor, partition: Partition, bias: Tensor | None, scale: float) -> Tensor:
+    """``[B, H, W, 3, heads, head_dim]`` to ``[B, H, W, C]``."""
+    return partition_attention_qkvpacked(qkv, partition, bias, scale=scale).flatten(-2)

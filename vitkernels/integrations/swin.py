@@ -1,0 +1,288 @@
+"""Swin (Liu et al., ICCV 2021) and Swin V2 (Liu et al., CVPR 2022), as timm, torchvision, Microsoft and MMDetection
+write them.
+
+They differ where a map does not divide into windows: timm rolls it and then pads it, the others pad and then roll. None
+masks what it padded: zeros are projected, and attended to.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..partition import Partition
+from ..partition_attention import partition_attention
+from .recipe import (
+    Pair,
+    Recipe,
+    as_pair,
+    attend,
+    channels,
+    check_kind,
+    check_parts,
+    check_projections,
+    check_scale,
+    check_table,
+    drops,
+    expect,
+    packed,
+    swin_table,
+    times,
+)
+
+# The attention modules, on a whole map
+
+
+def _attention(attn: nn.Module, x: Tensor, partition: object = None, **_) -> Tensor | None:  # [B, H, W, C]
+    """WindowAttention of Microsoft and timm, WindowMSA of MMDetection."""
+    if not isinstance(partition, Partition):
+        return None
+    return attn.proj_drop(attn.proj(_values(attn, x, partition)))
+
+
+def _values(attn: nn.Module, x: Tensor, partition: Partition) -> Tensor:  # [B, H, W, C]
+    bias = swin_table(attn.relative_position_bias_table, partition.group)
+    return attend(packed(attn.qkv(x), attn.num_heads), partition, bias, _scale(attn))
+
+
+def _scale(attn: nn.Module) -> float:
+    return getattr(attn, "scale", None) or (channels(attn.proj)[0] // attn.num_heads) ** -0.5
+
+
+def _cosine(attn: nn.Module, qkv: Tensor, partition: Partition) -> Tensor:  # [B, H, W, 3C] -> [B, H, W, C]
+    """Swin V2, section 3.2: cosines, scaled for each head, and a bias between 0 and 16 from an MLP on log offsets."""
+    q, k, v = packed(qkv, attn.num_heads).unbind(-3)
+    scale = attn.logit_scale.clamp(max=math.log(100.0)).exp().flatten(1)  # [heads, 1]
+    q, k = F.normalize(q, dim=-1) * scale, F.normalize(k, dim=-1)
+    bias = 16 * torch.sigmoid(attn.cpb_mlp(attn.relative_coords_table))[0].permute(2, 0, 1)
+    return partition_attention(q.to(v.dtype), k.to(v.dtype), v, partition, bias, scale=1.0).flatten(-2)
+
+
+def _timm_v2_attention(attn: nn.Module, x: Tensor, partition: object = None, **_) -> Tensor | None:  # [B, H, W, C]
+    if not isinstance(partition, Partition):
+        return None
+    if attn.q_bias is None:
+        qkv = attn.qkv(x)
+    else:
+        bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
+        qkv = attn.qkv(x) + bias if attn.qkv_bias_separate else F.linear(x, attn.qkv.weight, bias)
+    return attn.proj_drop(attn.proj(_cosine(attn, qkv, partition)))
+
+
+# The modules around them
+
+
+def _padded(attn: Callable[[Tensor, Partition], Tensor], x: Tensor, window: Pair, shift: Pair) -> Tensor:
+    """Zeros below and to the right, then the shift."""
+    height, width = x.shape[1:3]
+    below, right = -height % window[0], -width % window[1]
+    if not below and not right:
+        return attn(x, Partition.window(window, shift))
+    return attn(F.pad(x, (0, 0, 0, right, 0, below)), Partition.window(window, shift))[:, :height, :width]
+
+
+def _timm_attn(block: nn.Module, x: Tensor) -> Tensor | None:  # [B, H, W, C]
+    """The shift, then zeros below and to the right."""
+    if drops(block.attn):
+        return None
+    height, width = x.shape[1:3]
+    window, shift = tuple(block.window_size), tuple(block.shift_size)
+    below, right = -height % window[0], -width % window[1]
+    partition = Partition.window(window, shift)
+    if not below and not right:
+        return block.attn(x, partition)
+    back = tuple(-n for n in shift)
+    x = F.pad(x.roll(back, (1, 2)), (0, 0, 0, right, 0, below)).roll(shift, (1, 2))  # the operator rolls this back
+    return block.attn(x, partition).roll(back, (1, 2))[:, :height, :width].roll(shift, (1, 2))
+
+
+def _torchvision_attention(attn: nn.Module, x: Tensor) -> Tensor | None:  # [B, H, W, C]
+    if drops(attn):
+        return None
+    window = tuple(attn.window_size)
+    shift = tuple(s if n > g else 0 for s, n, g in zip(attn.shift_size, x.shape[1:3], window))  # one window: no shift
+
+    def on_map(x: Tensor, partition: Partition) -> Tensor:
+        values = _torchvision_cosine if hasattr(attn, "logit_scale") else _values
+        return attn.proj(values(attn, x, partition))
+
+    return F.dropout(_padded(on_map, x, window, shift), attn.dropout, attn.training)
+
+
+def _torchvision_cosine(
+    attn: nn.Module, x: Tensor, partition: Partition
+) -> Tensor:  # [B, H, W, C], and so is the result
+    bias = attn.qkv.bias
+    if bias is not None:  # that of the keys is not used
+        q, k, v = bias.chunk(3)
+        bias = torch.cat((q, torch.zeros_like(k), v))
+    return _cosine(attn, F.linear(x, attn.qkv.weight, bias), partition)
+
+
+def _microsoft_block(block: nn.Module, x: Tensor, mask: object = None) -> Tensor | None:  # [B, H W, C]
+    """Of the classification code, and of the detection code, whose stages set the map's size and make the mask."""
+    height, width = (block.H, block.W) if hasattr(block, "H") else block.input_resolution
+    if drops(block.attn) or x.shape[1] != height * width:
+        return None
+    window, shift = (block.window_size,) * 2, (block.shift_size,) * 2
+    out = _padded(block.attn, block.norm1(x).unflatten(1, (height, width)), window, shift)
+    x = x + block.drop_path(out.flatten(1, 2))
+    return x + block.drop_path(block.mlp(block.norm2(x)))
+
+
+def _mmdetection_attention(attn: nn.Module, query: Tensor, hw_shape: Pair) -> Tensor | None:  # [B, H W, C]
+    if drops(attn.w_msa) or query.shape[1] != hw_shape[0] * hw_shape[1]:
+        return None
+    window, shift = (attn.window_size,) * 2, (attn.shift_size,) * 2
+    return attn.drop(_padded(attn.w_msa, query.unflatten(1, tuple(hw_shape)), window, shift).flatten(1, 2))
+
+
+# Checks
+
+
+def _check_sizes(module: nn.Module, dim: int, heads: int, attn: nn.Module) -> str:
+    window, shift = as_pair(module.window_size, "window_size"), as_pair(module.shift_size, "shift_size")
+    expect(min(window) > 0, f"its window_size is {window}")
+    expect(all(0 <= s < n for s, n in zip(shift, window)), f"its shift_size {shift} is not below its window, {window}")
+    expect(as_pair(attn.window_size, "window_size") == window, f"its attention is for windows of {attn.window_size}")
+    expect(heads > 0 and dim % heads == 0, f"its {dim} channels are not a multiple of its {heads} heads")
+    check_projections(attn.qkv, attn.proj, heads, dim // heads)
+    shifted = f" shifted by {times(shift)}" if any(shift) else ""
+    return f"partition_attention, windows {times(window)}{shifted}"
+
+
+def _check(module: nn.Module, attn: nn.Module) -> str:
+    heads = attn.num_heads
+    now = _check_sizes(module, channels(attn.proj)[0], heads, attn)
+    window = as_pair(module.window_size, "window_size")
+    check_table(attn.relative_position_bias_table, (math.prod(2 * n - 1 for n in window), heads))
+    check_scale(_scale(attn))
+    return now
+
+
+def _check_v2(module: nn.Module, attn: nn.Module) -> str:
+    heads = attn.num_heads
+    now = _check_sizes(module, channels(attn.proj)[0], heads, attn)
+    offsets = (1, *(2 * n - 1 for n in as_pair(module.window_size, "window_size")), 2)
+    got = tuple(attn.relative_coords_table.shape)
+    expect(got == offsets, f"its table of offsets is {list(got)}, expected {list(offsets)}")
+    sizes = channels(attn.cpb_mlp[0])[0], channels(attn.cpb_mlp[-1])[1]
+    expect(sizes == (2, heads), f"its MLP of positions goes from {sizes[0]} to {sizes[1]}, expected 2 to {heads} heads")
+    expect(tuple(attn.logit_scale.shape) == (heads, 1, 1), f"its logit_scale is {list(attn.logit_scale.shape)}")
+    return f"{now}, cosines"
+
+
+def _check_timm(block: nn.Module) -> str:
+    check_kind(block.attn, "WindowAttention")
+    return _check(block, block.attn)
+
+
+def _check_timm_v2(block: nn.Module) -> str:
+    check_kind(block.attn, "WindowAttention")
+    return _check_v2(block, block.attn)
+
+
+def _check_torchvision(attn: nn.Module) -> str:
+    return _check(attn, attn)
+
+
+def _check_torchvision_v2(attn: nn.Module) -> str:
+    return _check_v2(attn, attn)
+
+
+def _check_microsoft(block: nn.Module) -> str:
+    check_parts(block, "norm1", "attn", "drop_path", "norm2", "mlp")
+    check_kind(block.attn, "WindowAttention")
+    expect(isinstance(block.window_size, int) and isinstance(block.shift_size, int), "its windows are not square")
+    return _check(block, block.attn)
+
+
+def _check_mmdetection(attn: nn.Module) -> str:
+    check_parts(attn, "w_msa", "drop")
+    check_kind(attn.w_msa, "WindowMSA")
+    expect(isinstance(attn.window_size, int) and isinstance(attn.shift_size, int), "its windows are not square")
+    return _check(attn, attn.w_msa)
+
+
+# Inputs to compare both ways with
+
+
+def _of_timm(block: nn.Module) -> tuple:
+    return (torch.randn(1, *as_pair(block.input_resolution, "input_resolution"), block.dim),)
+
+
+def _of_torchvision(attn: nn.Module) -> tuple:
+    return (torch.randn(1, *(2 * n + n // 2 for n in attn.window_size), channels(attn.qkv)[0]),)
+
+
+def _of_microsoft(block: nn.Module) -> tuple:
+    if not hasattr(block, "H"):
+        height, width = as_pair(block.input_resolution, "input_resolution")
+        return (torch.randn(1, height * width, block.dim),)
+    block.H = block.W = side = 2 * block.window_size + block.window_size // 2
+    return torch.randn(1, side * side, block.dim), _mask(3 * block.window_size, block.window_size, block.shift_size)
+
+
+def _mask(side: int, window: int, shift: int) -> Tensor:  # [windows, N, N]
+    wrapped = Partition.window(window, shift).on(side, side).wrapped(side, side)
+    return (wrapped[:, :, None] != wrapped[:, None]).any(-1) * -100.0
+
+
+def _of_mmdetection(attn: nn.Module) -> tuple:
+    side = 2 * attn.window_size + attn.window_size // 2
+    return torch.randn(1, side * side, channels(attn.w_msa.qkv)[0]), (side, side)
+
+
+RECIPES = (
+    Recipe(
+        "timm",
+        ("timm.models.swin_transformer.SwinTransformerBlock",),
+        {"_attn": _timm_attn, "attn.forward": _attention},
+        _check_timm,
+        _of_timm,
+    ),
+    Recipe(
+        "timm",
+        ("timm.models.swin_transformer_v2.SwinTransformerV2Block",),
+        {"_attn": _timm_attn, "attn.forward": _timm_v2_attention},
+        _check_timm_v2,
+        _of_timm,
+    ),
+    Recipe(
+        "torchvision",
+        ("torchvision.models.swin_transformer.ShiftedWindowAttention",),
+        {"forward": _torchvision_attention},
+        _check_torchvision,
+        _of_torchvision,
+        attention=("",),
+    ),
+    Recipe(
+        "torchvision",
+        ("torchvision.models.swin_transformer.ShiftedWindowAttentionV2",),
+        {"forward": _torchvision_attention},
+        _check_torchvision_v2,
+        _of_torchvision,
+        attention=("",),
+    ),
+    Recipe(
+        "Microsoft's",
+        ("*.SwinTransformerBlock",),
+        {"forward": _microsoft_block, "attn.forward": _attention},
+        _check_microsoft,
+        _of_microsoft,
+        by_name=False,
+    ),
+    Recipe(
+        "MMDetection's",
+        ("*.ShiftWindowMSA",),
+        {"forward": _mmdetection_attention, "w_msa.forward": _attention},
+        _check_mmdetection,
+        _of_mmdetection,
+        by_name=False,
+        attention=("w_msa",),
+    ),
+)
