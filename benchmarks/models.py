@@ -2,7 +2,8 @@
 
 Eager is the same model on the reference backend, plain PyTorch. timm and torchvision have their own model with the same
 weights, where they have one. "no attention" is the model with layers that only project: what would be left if attention
-took no time, and so the most that a fused one can gain.
+took no time, and so the most that a fused one can gain. Of the cases "accelerate-*" eager is a library's model as it is
+shipped, and vitkernels' is the same after `accelerate`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,15 @@ from report import NO_ATTENTION
 from torch import Tensor, nn
 from workload import OURS
 
-from vitkernels import FeatureSpaceAttention, LongShortDistanceAttention, MaxSA, MultiScaleAttention, WindowAttention
+from vitkernels import (
+    FeatureSpaceAttention,
+    LongShortDistanceAttention,
+    MaxSA,
+    MultiScaleAttention,
+    WindowAttention,
+    accelerate,
+    use_backend,
+)
 from vitkernels.models import create_model, load_checkpoint
 
 OFF = {torch.float32: 1e-3, torch.float64: 1e-9}  # of the largest logit; a twentieth in half precision
@@ -75,9 +84,13 @@ def theirs(name: str) -> nn.Module:
     library, name = name.split()
     models = _torchvision().models  # timm imports it too
     if library == "timm":
-        return importlib.import_module("timm").create_model(name)
-    make = partial(models.maxvit_t, input_size=(224, 224)) if name == "maxvit_t" else getattr(models.video, name)
-    return make(stochastic_depth_prob=0.0)
+        return importlib.import_module("timm").create_model(name, drop_path_rate=0.0)
+    make = partial(models.maxvit_t, input_size=(224, 224)) if name == "maxvit_t" else getattr(models, name, None)
+    model = (make or getattr(models.video, name))()
+    for module in model.modules():
+        if type(module).__name__ == "StochasticDepth":
+            module.p = 0.0
+    return model
 
 
 @dataclass
@@ -169,6 +182,36 @@ class Model(workload.Workload):
         return objection
 
 
+@dataclass
+class Accelerated(Model):
+    """A library's model as it is shipped, and a copy of it after `accelerate`."""
+
+    baselines: ClassVar = {"eager": None}
+
+    @classmethod
+    def random(cls, case: AcceleratedCase, batch: int, device: torch.device, dtype: torch.dtype) -> Accelerated:
+        torch.manual_seed(0)
+        model = theirs(case.model).to(device)
+        for module in model.modules():  # Swin V2 begins with norms of zero, behind which any attention would be right
+            if isinstance(module, nn.LayerNorm) and not module.weight.any():
+                nn.init.normal_(module.weight, std=0.2)
+        images = torch.randn(batch, 3, *case.size, device=device)
+        return cls(case, model, None, images, torch.randint(400, (batch,), device=device), dtype)
+
+    def build(self, name: str) -> nn.Module:
+        if not name.startswith(OURS):
+            return self.model
+        model = copy.deepcopy(self.model)
+        if not accelerate(model).replaced:
+            raise RuntimeError(f"vitkernels cannot run in {self.case.model} here: `print(accelerate(model))` says why")
+        model.backend = name.removeprefix(OURS)
+        return model
+
+    def output(self, contender: nn.Module) -> Tensor:
+        with use_backend(getattr(contender, "backend", None)):
+            return super().output(contender)
+
+
 @dataclass(frozen=True)
 class Case(workload.Case):
     """A model of `vitkernels.models`, and whose model it also is."""
@@ -183,6 +226,19 @@ class Case(workload.Case):
         return f"{self.model}, {' x '.join(map(str, self.size))}" + (f", {self.twin}" if self.twin else "")
 
 
+@dataclass(frozen=True)
+class AcceleratedCase(workload.Case):
+    """A library's model."""
+
+    model: str  # library and name
+    size: tuple[int, ...] = (224, 224)  # pixels, after the frames of a video
+
+    kind: ClassVar = Accelerated
+
+    def describe(self) -> str:
+        return f"{self.model}, {' x '.join(map(str, self.size))}"
+
+
 CASES = (
     Case("crossformer-s", "crossformer_small"),
     Case("crossformer-s-800x1344", "crossformer_small", size=(800, 1344), cpu_batch=1, gpu_batch=8),
@@ -192,4 +248,18 @@ CASES = (
     Case("maxvit-t", "maxvit_tiny", "timm maxvit_tiny_tf_224"),
     Case("mvitv2-t", "mvit_v2_tiny", "timm mvitv2_tiny"),
     Case("mvitv2-s-16x4", "mvit_v2_small_16x4", "torchvision mvit_v2_s", (16, 224, 224), cpu_batch=1, gpu_batch=8),
+    AcceleratedCase("accelerate-timm-swin-t", "timm swin_tiny_patch4_window7_224"),
+    AcceleratedCase("accelerate-timm-swin-v2-t", "timm swinv2_tiny_window8_256", (256, 256)),
+    AcceleratedCase("accelerate-timm-maxvit-t", "timm maxvit_tiny_tf_224"),
+    AcceleratedCase("accelerate-timm-maxvit-t-rw", "timm maxvit_tiny_rw_224"),
+    AcceleratedCase("accelerate-timm-mvitv2-t", "timm mvitv2_tiny"),
+    AcceleratedCase("accelerate-torchvision-swin-t", "torchvision swin_t"),
+    AcceleratedCase("accelerate-torchvision-swin-v2-t", "torchvision swin_v2_t", (256, 256)),
+    AcceleratedCase("accelerate-torchvision-maxvit-t", "torchvision maxvit_t"),
+    AcceleratedCase(
+        "accelerate-torchvision-mvit-v1-b", "torchvision mvit_v1_b", (16, 224, 224), cpu_batch=1, gpu_batch=8
+    ),
+    AcceleratedCase(
+        "accelerate-torchvision-mvit-v2-s", "torchvision mvit_v2_s", (16, 224, 224), cpu_batch=1, gpu_batch=8
+    ),
 )

@@ -7,6 +7,7 @@ Between two comments of such a document stands what this writes; the first says 
     <!-- layers FOLDER/FILE.json                     some layers under other names, a line each: CASE = NAME
     ... -->
     <!-- models FOLDER/FILE.json .. -->              every row of some runs of whole models
+    <!-- accelerated FILE .. -->                    the same of libraries' models, before and after `accelerate`
     <!-- gpu -->                                     the newest run on every GPU; without one, what is to be measured
     <!-- end -->
 
@@ -27,7 +28,7 @@ from cases import CASES
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md")
-BLOCK = re.compile(r"(<!-- (results|run|layers|models|gpu)\b(.*?)-->\n)(.*?)(<!-- end -->)", re.S)
+BLOCK = re.compile(r"(<!-- (results|run|layers|models|accelerated|gpu)\b(.*?)-->\n)(.*?)(<!-- end -->)", re.S)
 STEPS = {"fwd": "inference", "full": "training"}
 PASSES = {"fwd": "forward", "bwd": "backward", "full": "forward + backward"}
 
@@ -104,6 +105,27 @@ def of_models(names: list[str]) -> str:
     return report.markdown_table([*titles, "vs library", "peak memory, eager", "vitkernels"], lines, 4)
 
 
+def of_accelerated(names: list[str]) -> str:
+    """A row for every model and pass, in images per second: as shipped, accelerated."""
+    rows, lines = [row for name in names for row in load(name)["rows"]], []
+    for (_, layer, batch, mode), group in report.groups(rows, "case", "layer", "batch", "mode").items():
+        shipped, _, ours = report.sides(group)
+        rates = [report.number(row.get("rate"), report.MODELS["rate"]) for row in (shipped, ours)]
+        memory = [report.number(row.get("memory"), report.SHOW["memory"]) for row in (shipped, ours)]
+        ratio = report.number(ours.get("speedup"), report.SHOW["speedup"])
+        lines.append([layer, str(batch), STEPS[mode], *rates, ratio, *memory])
+    titles = [
+        "model, pixels",
+        "batch",
+        "pass",
+        "as shipped, images/s",
+        "accelerated",
+        "ratio",
+        "peak memory, as shipped",
+    ]
+    return report.markdown_table([*titles, "accelerated"], lines, 3)
+
+
 def of_gpus() -> str:
     """The newest run of every GPU, rows by layer; all layers, with what they move and compute, where there is none."""
     newest = {}
@@ -138,6 +160,8 @@ def filled(text: str) -> str:
             body = of_gpus()
         elif kind == "models":
             body = of_models(arguments.split())
+        elif kind == "accelerated":
+            body = of_accelerated(arguments.split())
         elif kind == "results":
             body = of_results(arguments.split())
         elif kind == "run":

@@ -82,7 +82,8 @@ EXPLANATION = (
     "without inputs."
 )
 EXPLANATION_OF_MODELS = (
-    "eager: the model on the reference backend. vs eager: its median in the same run over this median; that of\n"
+    "eager: the model on the reference backend; of accelerate-*, the library's model as it is shipped, of which\n"
+    "vitkernels' is an accelerated copy. vs eager: its median in the same run over this median; that of\n"
     "'no attention', layers that only project, is the most that fused attention can gain. fwd is inference, full a\n"
     "training step without its optimiser. peak memory: most bytes of tensors alive at once, without parameters."
 )

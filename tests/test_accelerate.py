@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import published
 import pytest
@@ -19,7 +20,7 @@ from golden import assert_golden
 from test_models import gradients, randomise, relative
 from torch import nn
 
-from vitkernels import accelerate, use_backend
+from vitkernels import _dispatch, accelerate, use_backend
 
 SMALL_SWIN = {"embed_dim": 32, "depths": (2, 2), "num_heads": (1, 2)}
 
@@ -403,11 +404,16 @@ def test_verify_leaves_alone_what_differs(monkeypatch):
 
 
 def test_no_kernels_on_the_device(monkeypatch):
-    from vitkernels import _dispatch
-
-    monkeypatch.setitem(_dispatch._ABSENT, "cpu", lambda: "not built")
+    monkeypatch.setattr(_dispatch._native, "cpu", SimpleNamespace(available=False, reason="not built"))
     assert "no kernels for cpu here (not built): what would run is not faster" in only_reason(swin_block())
     assert accelerate(swin_block(), force=True).replaced
+
+
+def test_what_no_kernel_takes(monkeypatch):
+    with use_backend("triton"):  # the interpreter, or a GPU
+        if _dispatch.absent("triton"):
+            pytest.skip(_dispatch.absent("triton"))
+        assert "head_dim 36 is not a multiple of 8" in only_reason(swin_block(head_dim=36))
 
 
 # What it does to a model

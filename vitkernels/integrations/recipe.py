@@ -39,7 +39,6 @@ class Recipe:
         attention: the attention modules, by name within the module.
         by_name: whether the name tells what forward computes, as that of a library's class does. Else both ways are
             compared before anything is replaced.
-        slower: where the fused way was measured not to be the faster one, in words; None elsewhere.
     """
 
     library: str
@@ -49,7 +48,6 @@ class Recipe:
     inputs: Callable[[nn.Module], tuple]
     attention: tuple[str, ...] = ("attn",)
     by_name: bool = True
-    slower: Callable[[nn.Module], str | None] = lambda module: None
 
     def fits(self, kind: type) -> bool:
         name = f"{kind.__module__}.{kind.__qualname__}"
@@ -90,6 +88,11 @@ def check_projections(qkv: nn.Module, proj: nn.Module, heads: int, head_dim: int
     (_, out), (into, _), inner = channels(qkv), channels(proj), heads * head_dim
     expect(out == 3 * inner, f"its qkv projection gives {out} channels, expected 3 x {heads} heads x {head_dim}")
     expect(into == inner, f"its output projection takes {into} channels, expected {heads} heads x {head_dim}")
+    nothing = next(qkv.parameters()).detach().new_empty(0, 1, 1, 3, heads, head_dim)
+    try:  # whether operators take heads of this size, in this dtype, on this device
+        partition_attention_qkvpacked(nothing, Partition(1))
+    except RuntimeError as error:
+        raise Unsuitable(str(error)) from error
 
 
 def check_table(table: Tensor, expected: tuple[int, ...]) -> None:
