@@ -345,7 +345,7 @@ SPOILT = {
         maxvit_block,
         "attn.rel_pos.relative_position_bias_table",
         nn.Parameter(torch.zeros(1, 4, 5)),
-        "its bias table is [1, 4, 5], expected [1, 5, 5]",
+        "it has a table [1, 4, 5], expected [1, 5, 5]",
     ),
     "MaxViT's size": (maxvit_block, "partition_size", (4, 4), "its bias is for"),
     "MaxViT's projection": (maxvit_block, "attn.proj", nn.Linear(31, 32), "takes 31 channels"),
@@ -563,7 +563,7 @@ def test_compiled_training():
 
 
 def test_a_model_that_is_compiled_already():
-    """Its graphs are made anew, with what runs now, and again when that is undone."""
+    """It is traced again, with what runs now; undone, its first graph serves again."""
     ran = []
     model = swin().eval()
     randomise(model)
@@ -571,20 +571,19 @@ def test_a_model_that_is_compiled_already():
     torch.compiler.reset()
 
     def backend(graph, inputs):
-        ran.append(
-            any("vitkernels" in str(node.target) or "PartitionAttention" in str(node) for node in graph.graph.nodes)
-        )
+        ran.append(any("vitkernels" in str(node.target) for node in graph.graph.nodes))
         return graph
 
     compiled = torch.compile(model, backend=backend)
     with torch.no_grad():
         expected = compiled(images)
         report = accelerate(compiled)
-        assert len(report.replaced) == 4 and report.replaced[0].name == "layers.0.blocks.0"
+        assert len(report.replaced) == 4
+        assert compiled.get_submodule(report.replaced[0].name) is model.layers[0].blocks[0]
         assert relative(compiled(images), expected) < 1e-4
         report.undo()
         assert torch.equal(compiled(images), expected)
-    assert ran == [False, True, False]
+    assert ran == [False, True]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -720,7 +719,7 @@ def step(order, images, labels):
         else:
             wrapped = wrap(model, what)
     assert len(report.replaced) == 4 and not report.skipped, report
-    assert report.replaced[0].name == "layers.0.blocks.0", report
+    assert report.replaced[0].name.endswith("layers.0.blocks.0"), report
     F.cross_entropy(wrapped(images), labels).backward()
     torch.optim.SGD(model.parameters(), lr=0.1).step()
     return {name: p.full_tensor() if hasattr(p, "full_tensor") else p for name, p in model.state_dict().items()}
@@ -744,6 +743,7 @@ dist.destroy_process_group()
 @pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="torch.distributed has no gloo here")
 def test_two_processes_step_as_one(tmp_path):
     """DistributedDataParallel and FSDP2, also of the attention modules, before and after."""
+    import_torchvision()
     pytest.importorskip("timm")
     script = tmp_path / "step.py"
     script.write_text(STEP)

@@ -827,3 +827,25 @@ def test_models_of_libraries_have_the_same_weights(bench, torchvision):
     assert workload.gate(False)(workload.build("timm")) is None
     with pytest.raises(ModuleNotFoundError, match="no torchvision model"):
         workload.build("torchvision")
+
+
+def test_models_of_libraries_before_and_after_accelerate(bench, monkeypatch, tmp_path, torchvision):
+    pytest.importorskip("timm")
+    case = bench.models.AcceleratedCase("accelerate-small", "timm test_maxvit", (160, 160), cpu_batch=2)
+    monkeypatch.setattr(bench.run, "MODELS", (case,))
+    status, results = start(with_cases(bench, monkeypatch), tmp_path, "--models")
+    assert status == 0
+    rows = {(row["contender"], row["mode"]): row for row in results["rows"]}
+    assert rows.keys() == {(name, mode) for name in ("eager", "vitkernels-cpu") for mode in ("fwd", "full")}
+    assert all(row["status"] == "ok" for row in rows.values())
+    monkeypatch.setattr(bench.performance, "RESULTS", tmp_path)
+    bench.report.save(results, tmp_path / "run.json")
+    line = bench.performance.filled("<!-- accelerated run.json -->\n<!-- end -->").splitlines()[4]
+    shown = [f"{rows[name, 'fwd']['rate']:.3g}" for name in ("eager", "vitkernels-cpu")]
+    assert line.startswith(f"| timm test_maxvit, 160 x 160 | 2 | inference | {' | '.join(shown)} | ")
+    workload = case.kind.random(case, 2, torch.device("cpu"), torch.float32)
+    ours = workload.build("vitkernels-cpu")
+    assert workload.gate(True)(ours) is None
+    with torch.no_grad():
+        next(p for name, p in ours.named_parameters() if name.endswith("bias_table")).normal_(std=5)
+    assert "off by" in workload.gate(False)(ours)

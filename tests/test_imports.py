@@ -53,7 +53,7 @@ ALLOWED = {
     "integrations.crossformer": _OPERATORS | {"recipe"},
     "integrations.maxvit": _OPERATORS | {"recipe"},
     "integrations.mvit": _OPERATORS | {"recipe"},
-    "accelerate": {"_dispatch", "crossformer", "maxvit", "mvit", "recipe", "swin"},
+    "accelerate": {"_checks", "_dispatch", "crossformer", "maxvit", "mvit", "recipe", "swin"},
     "_triton": set(),
     "_dispatch": {"_native"},
     "_checks": set(),

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import _dispatch
+from .._checks import no_autocast
 from . import crossformer, maxvit, mvit, swin
-from .recipe import Recipe, Unsuitable
+from .recipe import Recipe, Unsuitable, expect
 
 RECIPES = (*swin.RECIPES, *maxvit.RECIPES, *mvit.RECIPES, *crossformer.RECIPES)
-_LIBRARIES = {recipe.classes[0].partition(".")[0] for recipe in RECIPES if recipe.by_name} | {"vitkernels"}
+_LIBRARIES = {recipe.name.partition(".")[0] for recipe in RECIPES if recipe.by_name} | {"vitkernels"}
 OUTPUT_OFF, GRADIENT_OFF = 1e-4, 1e-3  # of the largest magnitude, in float32, for both ways to count as equal
 
 
@@ -44,26 +45,26 @@ class Report:
         skipped: the modules that were recognised and left alone: `Skipped` tuples.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: str):
         self.replaced: list[Replaced] = []
         self.skipped: list[Skipped] = []
         self._model = model
         self._bound: list[tuple[nn.Module, str]] = []
+        self._undone = False
 
     def undo(self) -> None:
         """Give every module in ``replaced`` its own methods back; the model is as it was, whoever accelerated it."""
         for module, method in self._bound:
             if _ours(vars(module).get(method)):
                 delattr(module, method)
-        self._bound = []
-        _forget_graphs(self._model)
+        self._undone = True
 
     def __str__(self) -> str:
         if not self.replaced and not self.skipped:
-            return f"vitkernels: nothing to accelerate in {type(self._model).__name__}. Looked for:\n" + _table(
-                _looked_for()
-            )
-        parts = [f"vitkernels: {len(self.replaced)} modules run fused attention, {len(self.skipped)} left alone"]
+            wanted = [(recipe.library, recipe.name) for recipe in RECIPES if recipe.methods]
+            return f"vitkernels: nothing to accelerate in {self._model}. Looked for:\n{_table(wanted)}"
+        now = "ran fused attention until that was undone" if self._undone else "run fused attention"
+        parts = [f"vitkernels: {len(self.replaced)} modules {now}, {len(self.skipped)} left alone"]
         if self.replaced:
             parts.append(_table([("module", "was", "runs now"), *self.replaced]))
         if self.skipped:
@@ -76,10 +77,6 @@ class Report:
 def _table(rows: list[tuple[str, ...]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths)).rstrip() for row in rows)
-
-
-def _looked_for() -> list[tuple[str, ...]]:
-    return [(recipe.library, name) for recipe in RECIPES if recipe.methods for name in recipe.classes]
 
 
 # What stands in the modules
@@ -107,13 +104,6 @@ def _bind(module: nn.Module, recipe: Recipe) -> None:
         setattr(part, method, partial(run, function, part, method))
 
 
-def _forget_graphs(model: nn.Module) -> None:
-    """Graphs that torch.compile made with the methods of before."""
-    compiled = (getattr(m, "_compiled_call_impl", None) or hasattr(m, "_orig_mod") for m in model.modules())
-    if any(compiled):
-        torch.compiler.reset()
-
-
 # What is replaced
 
 
@@ -132,32 +122,28 @@ def _recipe(kind: type) -> tuple[Recipe, type] | tuple[None, None]:
     return None, None
 
 
-def _accelerated(module: nn.Module, recipe: Recipe) -> bool:
-    try:
-        return bool(recipe.methods) and all(
-            _ours(vars(part).get(method)) for part, method, _ in _places(module, recipe)
-        )
-    except AttributeError:  # it lacks a part
-        return False
-
-
-def _check(module: nn.Module, recipe: Recipe, base: type) -> str:
-    """What will run; raises Unsuitable."""
+def _check(module: nn.Module, recipe: Recipe, base: type) -> tuple[str, bool]:
+    """What will run, and whether it does already; raises Unsuitable."""
     try:
         now, rate = recipe.check(module), recipe.dropout(module)
-        for part, method, _ in _places(module, recipe):
-            if method in vars(part):
-                raise Unsuitable(f"its {method} was replaced by something else before")
+        places = list(_places(module, recipe))
+        for part, method, _ in places:
             author = next(kind for kind in type(part).__mro__ if method in vars(kind))
-            if author.__module__ != base.__module__:
-                raise Unsuitable(f"{author.__name__} has a {method} of its own")
+            expect(author.__module__ == base.__module__, f"{author.__name__} has a {method} of its own")
+            own = vars(part).get(method)
+            expect(own is None or _ours(own), f"its {method} was replaced by something else before")
     except Unsuitable:
         raise
     except Exception as error:  # whatever else a class of this name may have in these places
         raise Unsuitable(f"it is not made as the published class is: {error}") from error
-    if rate > 0 and module.training:
-        raise Unsuitable(f"it drops attention weights while it is trained (rate {rate:g}), which no kernel here does")
-    return now + (f"; as before while trained (attention dropout {rate:g})" if rate > 0 else "")
+    done = all(method in vars(part) for part, method, _ in places)
+    if rate > 0:
+        dropping = module.training and not done
+        expect(
+            not dropping, f"it drops attention weights while it is trained (rate {rate:g}), which no kernel here does"
+        )
+        now += f"; as before while trained (attention dropout {rate:g})"
+    return now, done
 
 
 def _device(module: nn.Module) -> torch.device:
@@ -165,51 +151,58 @@ def _device(module: nn.Module) -> torch.device:
 
 
 def _expect_kernels(module: nn.Module) -> None:
-    """What would run is faster on the module's device: kernels were, in every module and pass that was measured."""
+    """What would run are kernels: with them every module that was measured gained, or lost nothing beyond noise."""
     device = _device(module)
     backend = {"cuda": "triton", "cpu": "cpu", "meta": "reference"}.get(device.type)
     absent = _dispatch.absent(backend) if backend else "vitkernels has none"
-    if absent:
-        raise Unsuitable(f"there are no kernels for {device.type} here ({absent}): what would run is not faster")
+    expect(not absent, f"there are no kernels for {device.type} here ({absent}): what would run is not faster")
 
 
-def _twin(module: nn.Module, seed: int = 0) -> nn.Module:
-    """A copy in float32 and in eval mode with parameters of every magnitude: fresh tables may be zero."""
+def _twin(module: nn.Module) -> nn.Module:
+    """A copy in float32 and in eval mode with random parameters: of fresh ones some are zero."""
     twin = copy.deepcopy(module).float().eval()
-    device = _device(twin)
-    generator = torch.Generator(device).manual_seed(seed)
     with torch.no_grad():
         for name, p in twin.named_parameters():
             p.requires_grad_()
-            spread = 0.5 if p.dim() < 2 or "rel" in name else p[0].numel() ** -0.5
-            p.copy_(torch.randn(p.shape, generator=generator, device=device) * spread)
+            p.normal_(std=0.5 if p.dim() < 2 or "rel" in name else p[0].numel() ** -0.5)
             if p.dim() == 1 and name.endswith("weight"):
                 p += 1
     return twin
 
 
+@contextmanager
+def _precisely(device: torch.device) -> Iterator[None]:
+    """Random numbers of its own, gradients, and float32 that is float32."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    devices = [device] if device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad(), no_autocast(device):
+            torch.manual_seed(0)
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
 def _compare(module: nn.Module, recipe: Recipe) -> None:
     """What would run computes what runs, on random parameters and inputs: the output and all gradients."""
     device = _device(module)
-    if device.type == "meta":
-        raise Unsuitable("both ways cannot be compared on the meta device; give the model memory first")
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.enable_grad():
-        torch.manual_seed(0)
+    expect(device.type != "meta", "both ways cannot be compared on the meta device; give the model memory first")
+    with _precisely(device):
         try:
             twin = _twin(module)
             args = [a.to(device).requires_grad_() if isinstance(a, Tensor) else a for a in recipe.inputs(twin)]
             expected = _results(twin, args)
-        except Exception as error:
-            raise Unsuitable(f"both ways could not be compared: {error}") from error
-        _bind(twin, recipe)
-        found = _results(twin, args)
+            _bind(twin, recipe)
+            found = _results(twin, args)
+        except Exception as error:  # of a forward that takes something else, of parameters that cannot be copied
+            raise Unsuitable(f"both ways could not be compared: {type(error).__name__}: {error}") from error
     largest = {name: x.abs().max().item() for name, x in expected.items()}
     noise = 0.01 * max(largest[name] for name in largest if name != "output")  # a key's bias has a gradient of zero
     for name, x in expected.items():
         allowed, unit = (OUTPUT_OFF, 0) if name == "output" else (GRADIENT_OFF, noise)
         error = (found[name] - x).abs().max().item() / max(largest[name], unit)
-        if not error <= allowed:
-            raise Unsuitable(f"its {name} would be off by {error:.1e} of the largest value")
+        expect(error <= allowed, f"its {name} would be off by {error:.1e} of the largest value")
 
 
 def _results(module: nn.Module, args: list) -> dict[str, Tensor]:
@@ -231,9 +224,8 @@ def accelerate(model: nn.Module, *, verify: bool = False, force: bool = False) -
     are replaced, on the instances, and read the parameters at every call. What is recognised but cannot be served as it
     is, is left alone, with the reason in the report.
 
-    A model may be accelerated before or after it is moved, cast, compiled, or wrapped in DistributedDataParallel;
-    graphs of torch.compile are forgotten (all of the process: `torch.compiler.reset`). Twice does no more than once. An
-    accelerated model can be copied and pickled, and the copy is accelerated.
+    A model may be accelerated before or after it is moved, cast, compiled, or wrapped in DistributedDataParallel or
+    FSDP2. Twice does no more than once. An accelerated model can be copied and pickled, and the copy is accelerated.
 
     Args:
         model: any module; all in it are looked at.
@@ -251,30 +243,24 @@ def accelerate(model: nn.Module, *, verify: bool = False, force: bool = False) -
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    report = Report(model)
-    changed = False
+    report = Report(type(model).__name__)
     for name, module in model.named_modules():
         kind = _class(module)
         recipe, base = _recipe(kind)
         if recipe is None:
             continue
-        label = re.sub(r"(^|\.)(_orig_mod|module)(?=\.|$)", "", name).removeprefix(".") or "(the model)"
-        was = f"{recipe.library} {kind.__name__}"
+        name, was = name or "(the model)", f"{recipe.library} {kind.__name__}"
         try:
-            done = _accelerated(module, recipe)
-            now = recipe.check(module) if done else _check(module, recipe, base)
+            now, done = _check(module, recipe, base)
             if not done:
                 if not force:
                     _expect_kernels(module)
                 if verify or not recipe.by_name or kind is not base:
                     _compare(module, recipe)
                 _bind(module, recipe)
-                changed = True
         except Unsuitable as reason:
-            report.skipped.append(Skipped(label, was, str(reason)))
+            report.skipped.append(Skipped(name, was, str(reason)))
         else:
-            report.replaced.append(Replaced(label, was, now))
+            report.replaced.append(Replaced(name, was, now))
             report._bound += [(part, method) for part, method, _ in _places(module, recipe)]
-    if changed:
-        _forget_graphs(model)
     return report

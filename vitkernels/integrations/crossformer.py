@@ -53,9 +53,9 @@ def _partition(block: nn.Module) -> Partition:
     return Partition.long(block.group_size, block.interval)
 
 
-def _block(block: nn.Module, x: Tensor, *size: int) -> Tensor | None:  # [B, H W, C]
-    height, width = size or block.input_resolution
-    small = size and min(height, width) <= block.group_size  # the block then changes itself
+def _block(block: nn.Module, x: Tensor, H: int | None = None, W: int | None = None) -> Tensor | None:  # [B, H W, C]
+    height, width = block.input_resolution if H is None else (H, W)
+    small = H is not None and min(height, width) <= block.group_size  # the block then changes itself
     if drops(block.attn) or small or x.shape[1] != height * width:
         return None
     out = block.attn(block.norm1(x).unflatten(1, (height, width)), _partition(block))
@@ -84,11 +84,9 @@ def _check(block: nn.Module) -> str:
     check_scale(attn.scale)
     if attn.position_bias:
         _check_positions(attn.pos, attn.num_heads)
-    if not block.lsda_flag:
-        return f"partition_attention, groups {times((group, group))}"
-    return f"partition_attention, groups {times((group, group))}, " + (
-        f"every {interval} tokens" if hasattr(block, "interval") else "spread over the map"
-    )
+    spread = f"every {interval} tokens" if hasattr(block, "interval") else "spread over the map"
+    small = "; as before on maps no longer than a group" if _on_maps(block) else ""
+    return f"partition_attention, groups {times((group, group))}{f', {spread}' if block.lsda_flag else ''}{small}"
 
 
 def _check_positions(pos: nn.Module, heads: int) -> None:
@@ -111,7 +109,7 @@ def _inputs(block: nn.Module) -> tuple:
 RECIPES = (
     Recipe(
         "CrossFormer's",
-        ("*.CrossFormerBlock",),
+        "*.CrossFormerBlock",
         {"forward": _block, "attn.forward": _attention},
         _check,
         _inputs,

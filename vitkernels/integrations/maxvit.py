@@ -8,6 +8,8 @@ head.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -29,10 +31,6 @@ from .recipe import (
     swin_table,
     times,
 )
-
-
-def _divides(x: Tensor, size: Pair) -> bool:  # [B, H, W, C]
-    return x.shape[1] % size[0] == 0 and x.shape[2] % size[1] == 0
 
 
 def _partition(block: bool, size: Pair) -> Partition:
@@ -74,22 +72,23 @@ def _bias(rel_pos: nn.Module | None) -> Tensor | None:  # [heads, 2Gh-1, 2Gw-1],
 
 
 def _timm_attn(block: nn.Module, x: Tensor) -> Tensor | None:  # [B, H, W, C]
-    if drops(block.attn) or not _divides(x, block.partition_size):
-        return None
-    return block.attn(x, _partition(block.partition_block, block.partition_size))
+    return _on_map(block, x, x.shape[1:3], ((block.attn, block.partition_block),))
 
 
 def _timm_attn_2d(block: nn.Module, x: Tensor) -> Tensor | None:  # [B, C, H, W]
-    if drops(block.attn) or not _divides(x.permute(0, 2, 3, 1), block.partition_size):
-        return None
-    return block.attn(x, _partition(block.partition_block, block.partition_size))
+    return _on_map(block, x, x.shape[2:], ((block.attn, block.partition_block),))
 
 
 def _timm_parallel_attn(block: nn.Module, x: Tensor) -> Tensor | None:  # [B, H, W, C]
-    if drops(block.attn_block) or drops(block.attn_grid) or not _divides(x, block.partition_size):
+    return _on_map(block, x, x.shape[1:3], ((block.attn_block, True), (block.attn_grid, False)))
+
+
+def _on_map(block: nn.Module, x: Tensor, size: Pair, attentions: Sequence[tuple[nn.Module, bool]]) -> Tensor | None:
+    """Attention modules, on blocks or on a grid, side by side."""
+    if any(drops(attn) for attn, _ in attentions) or any(n % part for n, part in zip(size, block.partition_size)):
         return None
-    on_blocks = block.attn_block(x, _partition(True, block.partition_size))
-    return torch.cat((on_blocks, block.attn_grid(x, _partition(False, block.partition_size))), -1)
+    outs = [attn(x, _partition(on_blocks, block.partition_size)) for attn, on_blocks in attentions]
+    return outs[0] if len(outs) == 1 else torch.cat(outs, -1)
 
 
 def _check_timm_attention(attn: nn.Module, size: Pair) -> None:
@@ -188,30 +187,30 @@ def _of_torchvision(layer: nn.Module) -> tuple:
 RECIPES = (
     Recipe(
         "timm",
-        ("timm.models.maxxvit.PartitionAttentionCl",),
+        "timm.models.maxxvit.PartitionAttentionCl",
         {"_partition_attn": _timm_attn, "attn.forward": _attention},
         _check_timm,
         _of_timm,
     ),
     Recipe(
         "timm",
-        ("timm.models.maxxvit.PartitionAttention2d",),
+        "timm.models.maxxvit.PartitionAttention2d",
         {"_partition_attn": _timm_attn_2d, "attn.forward": _attention_2d},
         _check_timm,
         _of_timm_2d,
     ),
     Recipe(
         "timm",
-        ("timm.models.maxxvit.ParallelPartitionAttention",),
+        "timm.models.maxxvit.ParallelPartitionAttention",
         {"_partition_attn": _timm_parallel_attn, "attn_block.forward": _attention, "attn_grid.forward": _attention},
         _check_timm_parallel,
         _of_timm,
         attention=("attn_block", "attn_grid"),
     ),
-    Recipe("timm", ("timm.models.maxxvit.TransformerBlock2d",), {}, _whole_map, _of_timm_2d),
+    Recipe("timm", "timm.models.maxxvit.TransformerBlock2d", {}, _whole_map, _of_timm_2d),
     Recipe(
         "torchvision",
-        ("torchvision.models.maxvit.PartitionAttentionLayer",),
+        "torchvision.models.maxvit.PartitionAttentionLayer",
         {"forward": _torchvision_layer, "attn_layer.1.forward": _torchvision_attention},
         _check_torchvision,
         _of_torchvision,

@@ -74,7 +74,7 @@ def _check_timm(attn: nn.Module) -> str:
     expect(attn.rel_pos_type in ("spatial", "", None), f"its rel_pos_type is {attn.rel_pos_type!r}")
     if attn.rel_pos_type == "spatial":
         _check_tables(attn.head_dim, attn.rel_pos_h, attn.rel_pos_w)
-    return _describe(attn.pool_q, attn.rel_pos_type == "spatial")
+    return _describe(attn.rel_pos_type == "spatial")
 
 
 def _pools_first(attn: nn.Module) -> str:
@@ -135,7 +135,7 @@ def _check_torchvision(attn: nn.Module) -> str:
     expect(len({table is None for table in tables}) == 1, "it has some tables of relative positions and lacks others")
     if tables[0] is not None:
         _check_tables(attn.head_dim, *tables)
-    return _describe(attn.pool_q, tables[0] is not None)
+    return _describe(tables[0] is not None)
 
 
 def _of_torchvision(attn: nn.Module) -> tuple:
@@ -180,23 +180,23 @@ def _check_tables(head_dim: int, *tables: Tensor) -> None:
         expect(fine, f"its table of relative positions is {list(table.shape)}, expected [distances, {head_dim}]")
 
 
-def _describe(pool: nn.Module | None, positions: bool) -> str:
+def _describe(positions: bool) -> str:
     return f"pool_qkv and pooled_attention{' with relative positions' if positions else ''}"
 
 
 RECIPES = (
     Recipe(
         "timm",
-        ("timm.models.mvitv2.MultiScaleAttention",),
+        "timm.models.mvitv2.MultiScaleAttention",
         {"forward": _timm_attention},
         _check_timm,
         _of_timm,
         attention=("",),
     ),
-    Recipe("timm", ("timm.models.mvitv2.MultiScaleAttentionPoolFirst",), {}, _pools_first, _of_timm, attention=("",)),
+    Recipe("timm", "timm.models.mvitv2.MultiScaleAttentionPoolFirst", {}, _pools_first, _of_timm, attention=("",)),
     Recipe(
         "torchvision",
-        ("torchvision.models.video.mvit.MultiscaleAttention",),
+        "torchvision.models.video.mvit.MultiscaleAttention",
         {"forward": _torchvision_attention},
         _check_torchvision,
         _of_torchvision,

@@ -31,7 +31,7 @@ class Recipe:
 
     Args:
         library: whose class it is, as the report says it.
-        classes: patterns of the class's full name.
+        name: of the class, with its module; a pattern, as of file names.
         methods: what runs instead, by the method's name in the module or in a part of it ("attn.forward").
         check: what will run, as the report says it; raises `Unsuitable`.
         inputs: arguments of its forward, on the CPU, to compare both ways with. It is given a copy of the module, of
@@ -42,7 +42,7 @@ class Recipe:
     """
 
     library: str
-    classes: tuple[str, ...]
+    name: str
     methods: Mapping[str, Callable]
     check: Callable[[nn.Module], str]
     inputs: Callable[[nn.Module], tuple]
@@ -50,8 +50,7 @@ class Recipe:
     by_name: bool = True
 
     def fits(self, kind: type) -> bool:
-        name = f"{kind.__module__}.{kind.__qualname__}"
-        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.classes)
+        return fnmatch.fnmatchcase(f"{kind.__module__}.{kind.__qualname__}", self.name)
 
     def dropout(self, module: nn.Module) -> float:
         return max(dropout(module.get_submodule(name)) for name in self.attention)
@@ -96,7 +95,7 @@ def check_projections(qkv: nn.Module, proj: nn.Module, heads: int, head_dim: int
 
 
 def check_table(table: Tensor, expected: tuple[int, ...]) -> None:
-    expect(tuple(table.shape) == expected, f"its bias table is {list(table.shape)}, expected {list(expected)}")
+    expect(tuple(table.shape) == expected, f"it has a table {list(table.shape)}, expected {list(expected)}")
 
 
 def check_scale(scale: object) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +51,7 @@ def _values(attn: nn.Module, x: Tensor, partition: Partition) -> Tensor:  # [B, 
 
 
 def _scale(attn: nn.Module) -> float:
-    return getattr(attn, "scale", None) or (channels(attn.proj)[0] // attn.num_heads) ** -0.5
+    return attn.scale if hasattr(attn, "scale") else (channels(attn.proj)[0] // attn.num_heads) ** -0.5
 
 
 def _cosine(attn: nn.Module, qkv: Tensor, partition: Partition) -> Tensor:  # [B, H, W, 3C] -> [B, H, W, C]
@@ -113,9 +114,7 @@ def _torchvision_attention(attn: nn.Module, x: Tensor) -> Tensor | None:  # [B, 
     return F.dropout(_padded(on_map, x, window, shift), attn.dropout, attn.training)
 
 
-def _torchvision_cosine(
-    attn: nn.Module, x: Tensor, partition: Partition
-) -> Tensor:  # [B, H, W, C], and so is the result
+def _torchvision_cosine(attn: nn.Module, x: Tensor, partition: Partition) -> Tensor:  # [B, H, W, C]
     bias = attn.qkv.bias
     if bias is not None:  # that of the keys is not used
         q, k, v = bias.chunk(3)
@@ -123,10 +122,14 @@ def _torchvision_cosine(
     return _cosine(attn, F.linear(x, attn.qkv.weight, bias), partition)
 
 
-def _microsoft_block(block: nn.Module, x: Tensor, mask: object = None) -> Tensor | None:  # [B, H W, C]
-    """Of the classification code, and of the detection code, whose stages set the map's size and make the mask."""
-    height, width = (block.H, block.W) if hasattr(block, "H") else block.input_resolution
-    if drops(block.attn) or x.shape[1] != height * width:
+def _microsoft_block(block: nn.Module, x: Tensor, *_, **__) -> Tensor | None:  # [B, H W, C]
+    """Of the classification code, which does not pad, and of the detection code, whose stages set the map's size and
+    give the mask of the shift.
+    """
+    padding = hasattr(block, "H")
+    height, width = (block.H, block.W) if padding else block.input_resolution
+    divides = height % block.window_size == 0 and width % block.window_size == 0
+    if drops(block.attn) or x.shape[1] != height * width or not (divides or padding):
         return None
     window, shift = (block.window_size,) * 2, (block.shift_size,) * 2
     out = _padded(block.attn, block.norm1(x).unflatten(1, (height, width)), window, shift)
@@ -144,68 +147,34 @@ def _mmdetection_attention(attn: nn.Module, query: Tensor, hw_shape: Pair) -> Te
 # Checks
 
 
-def _check_sizes(module: nn.Module, dim: int, heads: int, attn: nn.Module) -> str:
+def _check(module: nn.Module, attention: str = "attn", kind: str = "WindowAttention", cosine: bool = False) -> str:
+    attn = module.get_submodule(attention)
+    check_kind(attn, kind)
     window, shift = as_pair(module.window_size, "window_size"), as_pair(module.shift_size, "shift_size")
     expect(min(window) > 0, f"its window_size is {window}")
     expect(all(0 <= s < n for s, n in zip(shift, window)), f"its shift_size {shift} is not below its window, {window}")
     expect(as_pair(attn.window_size, "window_size") == window, f"its attention is for windows of {attn.window_size}")
+    heads, dim, sides = attn.num_heads, channels(attn.proj)[0], tuple(2 * n - 1 for n in window)
     expect(heads > 0 and dim % heads == 0, f"its {dim} channels are not a multiple of its {heads} heads")
     check_projections(attn.qkv, attn.proj, heads, dim // heads)
+    if cosine:
+        check_table(attn.relative_coords_table, (1, *sides, 2))
+        check_table(attn.logit_scale, (heads, 1, 1))
+        sizes = channels(attn.cpb_mlp[0])[0], channels(attn.cpb_mlp[-1])[1]
+        expect(sizes == (2, heads), f"its MLP of positions goes from {sizes[0]} to {sizes[1]}, expected 2 to {heads}")
+    else:
+        check_table(attn.relative_position_bias_table, (math.prod(sides), heads))
+        check_scale(_scale(attn))
     shifted = f" shifted by {times(shift)}" if any(shift) else ""
-    return f"partition_attention, windows {times(window)}{shifted}"
+    return f"partition_attention, windows {times(window)}{shifted}{', cosines' if cosine else ''}"
 
 
-def _check(module: nn.Module, attn: nn.Module) -> str:
-    heads = attn.num_heads
-    now = _check_sizes(module, channels(attn.proj)[0], heads, attn)
-    window = as_pair(module.window_size, "window_size")
-    check_table(attn.relative_position_bias_table, (math.prod(2 * n - 1 for n in window), heads))
-    check_scale(_scale(attn))
-    return now
-
-
-def _check_v2(module: nn.Module, attn: nn.Module) -> str:
-    heads = attn.num_heads
-    now = _check_sizes(module, channels(attn.proj)[0], heads, attn)
-    offsets = (1, *(2 * n - 1 for n in as_pair(module.window_size, "window_size")), 2)
-    got = tuple(attn.relative_coords_table.shape)
-    expect(got == offsets, f"its table of offsets is {list(got)}, expected {list(offsets)}")
-    sizes = channels(attn.cpb_mlp[0])[0], channels(attn.cpb_mlp[-1])[1]
-    expect(sizes == (2, heads), f"its MLP of positions goes from {sizes[0]} to {sizes[1]}, expected 2 to {heads} heads")
-    expect(tuple(attn.logit_scale.shape) == (heads, 1, 1), f"its logit_scale is {list(attn.logit_scale.shape)}")
-    return f"{now}, cosines"
-
-
-def _check_timm(block: nn.Module) -> str:
-    check_kind(block.attn, "WindowAttention")
-    return _check(block, block.attn)
-
-
-def _check_timm_v2(block: nn.Module) -> str:
-    check_kind(block.attn, "WindowAttention")
-    return _check_v2(block, block.attn)
-
-
-def _check_torchvision(attn: nn.Module) -> str:
-    return _check(attn, attn)
-
-
-def _check_torchvision_v2(attn: nn.Module) -> str:
-    return _check_v2(attn, attn)
-
-
-def _check_microsoft(block: nn.Module) -> str:
-    check_parts(block, "norm1", "attn", "drop_path", "norm2", "mlp")
-    check_kind(block.attn, "WindowAttention")
-    expect(isinstance(block.window_size, int) and isinstance(block.shift_size, int), "its windows are not square")
-    return _check(block, block.attn)
-
-
-def _check_mmdetection(attn: nn.Module) -> str:
-    check_parts(attn, "w_msa", "drop")
-    check_kind(attn.w_msa, "WindowMSA")
-    expect(isinstance(attn.window_size, int) and isinstance(attn.shift_size, int), "its windows are not square")
-    return _check(attn, attn.w_msa)
+def _check_file(
+    module: nn.Module, parts: tuple[str, ...], attention: str = "attn", kind: str = "WindowAttention"
+) -> str:
+    check_parts(module, *parts)
+    expect(isinstance(module.window_size, int) and isinstance(module.shift_size, int), "its windows are not square")
+    return _check(module, attention, kind)
 
 
 # Inputs to compare both ways with
@@ -237,50 +206,51 @@ def _of_mmdetection(attn: nn.Module) -> tuple:
     return torch.randn(1, side * side, channels(attn.w_msa.qkv)[0]), (side, side)
 
 
+_TORCHVISION = "torchvision.models.swin_transformer."
 RECIPES = (
     Recipe(
         "timm",
-        ("timm.models.swin_transformer.SwinTransformerBlock",),
+        "timm.models.swin_transformer.SwinTransformerBlock",
         {"_attn": _timm_attn, "attn.forward": _attention},
-        _check_timm,
+        _check,
         _of_timm,
     ),
     Recipe(
         "timm",
-        ("timm.models.swin_transformer_v2.SwinTransformerV2Block",),
+        "timm.models.swin_transformer_v2.SwinTransformerV2Block",
         {"_attn": _timm_attn, "attn.forward": _timm_v2_attention},
-        _check_timm_v2,
+        partial(_check, cosine=True),
         _of_timm,
     ),
     Recipe(
         "torchvision",
-        ("torchvision.models.swin_transformer.ShiftedWindowAttention",),
+        f"{_TORCHVISION}ShiftedWindowAttention",
         {"forward": _torchvision_attention},
-        _check_torchvision,
+        partial(_check, attention="", kind="ShiftedWindowAttention"),
         _of_torchvision,
         attention=("",),
     ),
     Recipe(
         "torchvision",
-        ("torchvision.models.swin_transformer.ShiftedWindowAttentionV2",),
+        f"{_TORCHVISION}ShiftedWindowAttentionV2",
         {"forward": _torchvision_attention},
-        _check_torchvision_v2,
+        partial(_check, attention="", kind="ShiftedWindowAttentionV2", cosine=True),
         _of_torchvision,
         attention=("",),
     ),
     Recipe(
         "Microsoft's",
-        ("*.SwinTransformerBlock",),
+        "*.SwinTransformerBlock",
         {"forward": _microsoft_block, "attn.forward": _attention},
-        _check_microsoft,
+        partial(_check_file, parts=("norm1", "attn", "drop_path", "norm2", "mlp")),
         _of_microsoft,
         by_name=False,
     ),
     Recipe(
         "MMDetection's",
-        ("*.ShiftWindowMSA",),
+        "*.ShiftWindowMSA",
         {"forward": _mmdetection_attention, "w_msa.forward": _attention},
-        _check_mmdetection,
+        partial(_check_file, parts=("w_msa", "drop"), attention="w_msa", kind="WindowMSA"),
         _of_mmdetection,
         by_name=False,
         attention=("w_msa",),
