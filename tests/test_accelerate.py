@@ -30,8 +30,8 @@ def timm_model(name: str, **options) -> nn.Module:
     return pytest.importorskip("timm").create_model(name, num_classes=10, **options)
 
 
-def swin(**options) -> nn.Module:
-    return timm_model("swin_tiny_patch4_window7_224", **{"img_size": 112, **SMALL_SWIN, **options})
+def swin(name: str = "swin_tiny_patch4_window7_224", **options) -> nn.Module:
+    return timm_model(name, **{"img_size": 112, **SMALL_SWIN, **options})
 
 
 def swin_v2(**options) -> nn.Module:
@@ -78,12 +78,18 @@ MODELS: dict[str, tuple[Callable, tuple[int, ...], int]] = {
     "timm swin, fixed size": (lambda _: swin(img_size=(100, 132)), (100, 132), 4),
     "timm swin, windows of 5 x 7": (lambda _: swin(window_size=(5, 7), img_size=(100, 132)), (100, 132), 4),
     "timm swin, heads of 24": (lambda _: swin(head_dim=24), (112, 112), 4),
+    "timm swin_s3": (
+        lambda _: timm_model("swin_s3_tiny_224", img_size=112, **SMALL_SWIN, window_size=7),
+        (112, 112),
+        4,
+    ),
     "timm swin_v2": (lambda _: swin_v2(), (128, 128), 4),
     "timm swin_v2, any size": (lambda _: swin_v2(strict_img_size=False), (104, 140), 4),
     "timm maxvit tf": (lambda _: maxvit("maxvit_tiny_tf_224"), (96, 96), 4),
     "timm maxvit rw, heads first": (lambda _: maxvit("maxvit_tiny_rw_224"), (96, 96), 4),
     "timm maxvit rmlp": (lambda _: maxvit("maxvit_rmlp_tiny_rw_256"), (96, 96), 4),
     "timm maxvit, parallel": (lambda _: maxvit("maxvit_tiny_pm_256"), (96, 96), 2),
+    "timm maxxvit": (lambda _: maxvit("maxxvit_rmlp_nano_rw_256"), (96, 96), 4),
     "timm maxvit, NCHW": (lambda _: maxvit("maxvit_tiny_rw_224", transformer_use_nchw_attn=True), (96, 96), 4),
     "timm maxvit, blocks and grid apart": (
         lambda _: maxvit("maxvit_tiny_tf_224", transformer_window_size=(3, 4), transformer_grid_size=(4, 3)),
@@ -338,6 +344,7 @@ SPOILT = {
     "window of three axes": (swin_block, "window_size", (2, 7, 7), "expected an int or two"),
     "shift": (swin_block, "shift_size", (7, 7), "not below its window"),
     "scale": (swin_block, "attn.scale", "large", "its scale is 'large'"),
+    "scale that is ignored": (maxvit_block, "attn.scale", 0.5, "its scale is 0.5, which PyTorch's attention inside"),
     "attention": (swin_block, "attn", nn.Identity(), "a Identity where a WindowAttention is expected"),
     "replaced": (swin_block, "_attn", print, "its _attn was replaced by something else before"),
     "inner replaced": (swin_block, "attn.forward", print, "its forward was replaced by something else before"),
@@ -399,8 +406,83 @@ def test_verify_leaves_alone_what_differs(monkeypatch):
     assert accelerate(block).replaced, "names and shapes are right"
     accelerate(block).undo()
     state = torch.get_rng_state()
-    assert "off by" in only_reason(block, verify=True)
+    assert "relative_position_bias_table's gradient would come or go" in only_reason(block, verify=True)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+class Doubled(nn.Module):
+    """Makes classes that are as published, but for what they return."""
+
+    def __new__(cls, change: Callable) -> nn.Module:
+        class SwinTransformerBlock(published.SwinTransformerBlock):
+            def forward(self, x):
+                return change(self, super().forward(x))
+
+        SwinTransformerBlock.__module__ = published.__name__
+        return SwinTransformerBlock(32, (14, 14), 2)
+
+
+def test_of_that_name_that_returns_something_else():
+    assert "what would run returns" in only_reason(Doubled(lambda block, out: (out, out)))
+    assert "what would run returns" in only_reason(Doubled(lambda block, out: out[:, :1]))
+    assert "would be off by" in only_reason(Doubled(lambda block, out: 0 * out))
+    block = Doubled(lambda block, out: out + 0 * block.norm1.weight.sum() * block.attn.unused)
+    block.attn.unused = nn.Parameter(torch.ones(1))
+    assert "attn.unused's gradient would come or go" in only_reason(block)
+
+
+def test_of_that_name_that_shifts_otherwise():
+    """MMPretrain's does not shift a map of a single window."""
+
+    class ShiftWindowMSA(published.ShiftWindowMSA):
+        def forward(self, query, hw_shape):
+            shift, self.shift_size = self.shift_size, self.shift_size * (min(hw_shape) > self.window_size)
+            out = super().forward(query, hw_shape)
+            self.shift_size = shift
+            return out
+
+    ShiftWindowMSA.__module__ = published.__name__
+    assert "its output would be off by" in only_reason(ShiftWindowMSA(32, 2, shift_size=3))
+
+
+def test_parts_of_other_classes_are_compared():
+    block = swin_block()
+    kind = type(block.attn)
+    changed = {"_get_rel_pos_bias": lambda self: 2 * kind._get_rel_pos_bias(self), "__module__": "mine"}
+    block.attn.__class__ = type("Mine", (kind,), changed)
+    assert "would be off by" in only_reason(block)
+    block.attn.__class__ = type("Mine", (kind,), {"__module__": "mine"})
+    assert accelerate(block).replaced
+
+
+def test_pools_that_are_made_otherwise():
+    attn = mvit().stages[0].blocks[0].attn
+    for options in ({"padding": "same"}, {"padding": 1, "bias": True}, {"padding": 1, "padding_mode": "reflect"}):
+        attn.pool_k = nn.Conv2d(32, 32, 3, groups=32, **{"bias": False, **options})
+        assert "it pools otherwise than the published models" in only_reason(attn)
+    attn = mvit(mode="avg").stages[0].blocks[0].attn
+    attn.pool_k = nn.AvgPool2d(3, 4, 1, divisor_override=2)
+    assert "it pools otherwise than the published models" in only_reason(attn)
+
+
+def test_dropout_that_stays_on():
+    """Monte Carlo dropout: dropout modules alone are trained."""
+    block = swin_block(attn_drop_rate=0.5).eval()
+    accelerate(block)
+    block.attn.attn_drop.train()
+    x = torch.randn(1, 28, 28, 32)
+    assert not torch.equal(block(x), block(x))
+
+
+@pytest.mark.parametrize("dtype, device", [(torch.float64, "cpu"), (torch.float32, "meta")])
+def test_defaults_do_not_matter(dtype, device):
+    model = swin()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            assert len(accelerate(model, verify=True).replaced) == 4
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_no_kernels_on_the_device(monkeypatch):
@@ -653,6 +735,16 @@ def test_functional_gradients(family):
     largest = max(g.abs().max() for g in expected)
     for a, b in zip(expected, found.values(), strict=True):
         assert (a - b).abs().max() <= 1e-4 * a.abs().max().clamp_min(1e-4 * largest)
+
+
+@pytest.mark.parametrize("family", ["torchvision swin", "torchvision maxvit"])
+def test_features_by_fx(family):
+    """torch.fx sees the methods as they were."""
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    model, images, expected = example(family)
+    node = {"torchvision swin": "head", "torchvision maxvit": "classifier"}[family]
+    assert relative(create_feature_extractor(model, {node: "logits"})(images)["logits"], expected) < 1e-4
 
 
 @pytest.mark.parametrize("family", ["timm swin", "timm maxvit", "torchvision mvit"])

@@ -11,7 +11,15 @@ import pytest
 import torch
 from levels import LEVELS, ROOT, run_at, supported
 
-from vitkernels import Partition, _native, feature_space_attention, partition_attention
+from vitkernels import (
+    DynamicPositionBias,
+    Partition,
+    _native,
+    feature_space_attention,
+    partition_attention,
+    pool_tokens,
+    pooled_attention,
+)
 from vitkernels.partition_attention.reference import partition_attention as reference
 from vitkernels.partition_attention.reference import relative_position_index
 from vitkernels.tree import Tree
@@ -349,3 +357,23 @@ def test_absence_says_what_to_do(monkeypatch):
     library = _native._load("_C", "C++", "reinstall")
     assert not library.available and library.reason == "the C++ library was not built; reinstall"
     assert "pip install --no-build-isolation" in _native.HOW_TO_BUILD
+
+
+TWICE = {
+    "partition_attention": lambda x: partition_attention(*[x.view(2, 7, 7, 2, 32)] * 3, Partition(3)),
+    "cluster_attention": lambda x: feature_space_attention(torch.stack((x, x, x), 2), leaf_size=7, overlap=2),
+    "pool_tokens": lambda x: pool_tokens(x, x[0, 0, 0].view(32, 1, 1, 1), thw=(7, 7))[0],
+    "pooled_attention": lambda x: pooled_attention(x, x, x, q_thw=(7, 7), k_thw=(7, 7), rel_pos=(x[0, :13, 0],) * 2),
+    "dynamic_position_bias": lambda x: torch.func.functional_call(
+        DynamicPositionBias(32, 2), {"pos_proj.weight": x[0, :2, 0, :2]}, (3,)
+    ),
+}
+
+
+@needs_native
+@pytest.mark.parametrize("operator", TWICE)
+def test_second_derivatives_are_refused_on_every_path(operator):
+    x = torch.randn(2, 49, 2, 32, requires_grad=True)
+    (gradient,) = torch.autograd.grad(TWICE[operator](x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="kernels have first derivatives only"):
+        torch.autograd.grad(gradient.square().sum(), x)

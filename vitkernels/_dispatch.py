@@ -15,9 +15,11 @@ import platform
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, wraps
 
 import torch
+from torch import Tensor
+from torch.autograd import Function
 
 from . import _native
 
@@ -72,6 +74,47 @@ def with_signature(forward: Callable) -> Callable:
     """
     forward.__signature__ = _Positional(inspect.signature(forward).parameters.values())
     return forward
+
+
+class _First(Function):
+    """Gradients as they are, with all that they depend on behind them: a path that asks for more ends here."""
+
+    @staticmethod
+    def forward(count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.view_as(x) for x in tensors[:count])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(
+            "vitkernels' kernels have first derivatives only, and a second one was asked for (create_graph=True); "
+            "backend='reference', or use_backend('reference'), has all"
+        )
+
+
+def first_derivative(backward: Callable) -> Callable:
+    """``backward`` of an autograd.Function, whose gradients cannot be differentiated: that is an error on every path.
+    (PyTorch's `once_differentiable` leaves the path from them to the saved tensors out, which then seems to have a
+    derivative of zero.)
+    """
+
+    @wraps(backward)
+    def once(ctx, *douts):
+        with torch.no_grad():
+            gradients = backward(ctx, *douts)
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return gradients
+        causes = [x for x in (*douts, *ctx.saved_tensors) if x is not None and x.requires_grad]
+        there = [i for i, x in enumerate(gradients) if x is not None]
+        if not causes or not there:
+            return gradients
+        guarded = _First.apply(len(there), *(gradients[i] for i in there), *causes)
+        return tuple(guarded[there.index(i)] if i in there else None for i in range(len(gradients)))
+
+    return once
 
 
 def operator(name: str, backend: str, device: torch.device) -> Callable:

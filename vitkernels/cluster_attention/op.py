@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from .. import _checks, _dispatch
 from ..tree import Tree
@@ -69,7 +68,7 @@ class _ClusterAttention(Function):
         ctx.mark_non_differentiable(output[1])
 
     @staticmethod
-    @once_differentiable
+    @_dispatch.first_derivative
     def backward(ctx, dout, _):
         order, statistic, *qkv = ctx.saved_tensors
         q, k, v = _unpack(qkv)

@@ -10,11 +10,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from .. import _dispatch
 from .._checks import no_autocast
 from . import crossformer, maxvit, mvit, swin
-from .recipe import Recipe, Unsuitable, expect
+from .recipe import Recipe, Unsuitable, dropout_rate, drops, expect
 
 RECIPES = (*swin.RECIPES, *maxvit.RECIPES, *mvit.RECIPES, *crossformer.RECIPES)
 _LIBRARIES = {recipe.name.partition(".")[0] for recipe in RECIPES if recipe.by_name} | {"vitkernels"}
@@ -84,7 +85,8 @@ def _table(rows: list[tuple[str, ...]]) -> str:
 
 def run(function: Callable, module: nn.Module, method: str, *args, **kwargs) -> object:
     """``function`` in place of a method; the method itself where ``function`` does not serve the call."""
-    out = function(module, *args, **kwargs)
+    traced = any(isinstance(arg, Proxy) for arg in args)  # by torch.fx, which knows the methods that libraries have
+    out = None if traced else function(module, *args, **kwargs)
     return getattr(type(module), method)(module, *args, **kwargs) if out is None else out
 
 
@@ -109,8 +111,14 @@ def _bind(module: nn.Module, recipe: Recipe) -> None:
 
 def _class(module: nn.Module) -> type:
     """That which its author gave it: FSDP2 derives one of its own."""
-    kinds = type(module).__mro__
-    return kinds[2] if kinds[1].__name__ == "FSDPModule" else kinds[0]
+    kind = type(module)
+    return kind.__mro__[getattr(kind, "_orig_cls_mro_index", 0)]
+
+
+def _altered(module: nn.Module, base: type) -> bool:
+    """Whether it, or a part of it, is of a class that neither its library nor PyTorch has."""
+    known = {base.__module__.partition(".")[0], "torch"}
+    return any(_class(part).__module__.partition(".")[0] not in known for part in module.modules())
 
 
 def _recipe(kind: type) -> tuple[Recipe, type] | tuple[None, None]:
@@ -125,23 +133,23 @@ def _recipe(kind: type) -> tuple[Recipe, type] | tuple[None, None]:
 def _check(module: nn.Module, recipe: Recipe, base: type) -> tuple[str, bool]:
     """What will run, and whether it does already; raises Unsuitable."""
     try:
-        now, rate = recipe.check(module), recipe.dropout(module)
+        now = recipe.check(module)
+        attentions = [module.get_submodule(name) for name in recipe.attention]
         places = list(_places(module, recipe))
         for part, method, _ in places:
-            author = next(kind for kind in type(part).__mro__ if method in vars(kind))
+            author = next((kind for kind in type(part).__mro__ if method in vars(kind)), None)
+            expect(author is not None, f"its {type(part).__name__} has no {method}: is the library another version?")
             expect(author.__module__ == base.__module__, f"{author.__name__} has a {method} of its own")
             own = vars(part).get(method)
             expect(own is None or _ours(own), f"its {method} was replaced by something else before")
     except Unsuitable:
         raise
     except Exception as error:  # whatever else a class of this name may have in these places
-        raise Unsuitable(f"it is not made as the published class is: {error}") from error
+        raise Unsuitable(f"it is not made as the published class is: {type(error).__name__}: {error}") from error
     done = all(method in vars(part) for part, method, _ in places)
-    if rate > 0:
-        dropping = module.training and not done
-        expect(
-            not dropping, f"it drops attention weights while it is trained (rate {rate:g}), which no kernel here does"
-        )
+    if rate := max(map(dropout_rate, attentions)):
+        why = f"it drops attention weights while it is trained (rate {rate:g}), which no kernel here does"
+        expect(done or not any(map(drops, attentions)), why)
         now += f"; as before while trained (attention dropout {rate:g})"
     return now, done
 
@@ -172,7 +180,7 @@ def _twin(module: nn.Module) -> nn.Module:
 
 @contextmanager
 def _precisely(device: torch.device) -> Iterator[None]:
-    """Random numbers of its own, gradients, and float32 that is float32."""
+    """Random numbers of its own, gradients, and products of float32 that are float32."""
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     devices = [device] if device.type == "cuda" else []
@@ -190,29 +198,39 @@ def _compare(module: nn.Module, recipe: Recipe) -> None:
     expect(device.type != "meta", "both ways cannot be compared on the meta device; give the model memory first")
     with _precisely(device):
         try:
-            twin = _twin(module)
-            args = [a.to(device).requires_grad_() if isinstance(a, Tensor) else a for a in recipe.inputs(twin)]
-            expected = _results(twin, args)
-            _bind(twin, recipe)
-            found = _results(twin, args)
-        except Exception as error:  # of a forward that takes something else, of parameters that cannot be copied
+            plain = _twin(module)
+            fused = copy.deepcopy(plain)
+            _bind(fused, recipe)
+            for args, _ in zip(recipe.inputs(plain), recipe.inputs(fused)):
+                _expect_same(_results(plain, args, device), _results(fused, args, device))
+        except Unsuitable:
+            raise
+        except Exception as error:  # of a forward that takes something else, of parameters that cannot be copied ...
             raise Unsuitable(f"both ways could not be compared: {type(error).__name__}: {error}") from error
+
+
+def _results(module: nn.Module, args: tuple, device: torch.device) -> tuple[object, dict[str, Tensor]]:
+    """What a module returns: its form, and the output and all gradients by name."""
+    x, *others = (arg.to(device, copy=True) if isinstance(arg, Tensor) else arg for arg in args)
+    returned = module(x.requires_grad_(), *others)
+    out, *sizes = returned if isinstance(returned, tuple) else (returned,)
+    form = type(returned), out.shape, out.dtype, [tuple(size) for size in sizes]
+    leaves = {"input's gradient": x, **{f"{name}'s gradient": p for name, p in module.named_parameters()}}
+    cotangent = torch.linspace(-1, 1, out.numel(), dtype=out.dtype, device=device).view(out.shape).cos()
+    grads = torch.autograd.grad(out, list(leaves.values()), cotangent, allow_unused=True)
+    return form, {"output": out.detach(), **{name: g for name, g in zip(leaves, grads) if g is not None}}
+
+
+def _expect_same(results: tuple[object, dict[str, Tensor]], others: tuple[object, dict[str, Tensor]]) -> None:
+    (form, expected), (other_form, found) = results, others
+    expect(form == other_form, f"what would run returns {other_form}, it returns {form}")
+    expect(expected.keys() == found.keys(), f"{', '.join(expected.keys() ^ found.keys())} would come or go")
     largest = {name: x.abs().max().item() for name, x in expected.items()}
     noise = 0.01 * max(largest[name] for name in largest if name != "output")  # a key's bias has a gradient of zero
     for name, x in expected.items():
-        allowed, unit = (OUTPUT_OFF, 0) if name == "output" else (GRADIENT_OFF, noise)
-        error = (found[name] - x).abs().max().item() / max(largest[name], unit)
+        allowed, unit = (OUTPUT_OFF, 0.0) if name == "output" else (GRADIENT_OFF, noise)
+        error = (found[name] - x).abs().max().item() / max(largest[name], unit, 1e-30)
         expect(error <= allowed, f"its {name} would be off by {error:.1e} of the largest value")
-
-
-def _results(module: nn.Module, args: list) -> dict[str, Tensor]:
-    """Its output and all gradients."""
-    out = module(*args)
-    out = out[0] if isinstance(out, tuple) else out
-    leaves = {"input's gradient": args[0], **{f"{name}'s gradient": p for name, p in module.named_parameters()}}
-    cotangent = torch.linspace(-1, 1, out.numel(), device=out.device).view(out.shape).cos()
-    grads = torch.autograd.grad(out, list(leaves.values()), cotangent, allow_unused=True)
-    return {"output": out.detach(), **{name: g for name, g in zip(leaves, grads) if g is not None}}
 
 
 def accelerate(model: nn.Module, *, verify: bool = False, force: bool = False) -> Report:
@@ -225,13 +243,16 @@ def accelerate(model: nn.Module, *, verify: bool = False, force: bool = False) -
     is, is left alone, with the reason in the report.
 
     A model may be accelerated before or after it is moved, cast, compiled, or wrapped in DistributedDataParallel or
-    FSDP2. Twice does no more than once. An accelerated model can be copied and pickled, and the copy is accelerated.
+    FSDP2 (before, where it has to be compared). Twice does no more than once. An accelerated model can be copied and
+    pickled, and the copy is accelerated. `torch.fx` traces the methods as they were. Not for nn.DataParallel,
+    torch.jit.script, torch.func.vmap and jvp, and second derivatives.
 
     Args:
         model: any module; all in it are looked at.
         verify: compare both ways, output and gradients, on a copy of every module with random parameters and a random
             input of the size it was made for, and leave those alone that differ. Classes that are recognised by
-            their names in any file (Microsoft's, MMDetection's, CrossFormer's) are always compared.
+            their names in any file (Microsoft's, MMDetection's, CrossFormer's), and modules with parts of other classes
+            than their library's and PyTorch's, are always compared.
         force: also replace what is not faster on the device where the module is, which is everything where there are no
             kernels: on a CPU without the C++ library, on devices that are neither CPUs nor NVIDIA GPUs.
 
@@ -255,7 +276,7 @@ def accelerate(model: nn.Module, *, verify: bool = False, force: bool = False) -
             if not done:
                 if not force:
                     _expect_kernels(module)
-                if verify or not recipe.by_name or kind is not base:
+                if verify or not recipe.by_name or _altered(module, base):
                     _compare(module, recipe)
                 _bind(module, recipe)
         except Unsuitable as reason:

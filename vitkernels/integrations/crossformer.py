@@ -8,8 +8,8 @@ operator does with places outside the map.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 
-import torch
 from torch import Tensor, nn
 
 from ..partition import Partition
@@ -23,14 +23,15 @@ from .recipe import (
     check_scale,
     drops,
     expect,
+    on_a_map,
     packed,
+    random,
     times,
 )
 
 
-def _attention(attn: nn.Module, x: Tensor, partition: object = None, *_, **__) -> Tensor | None:  # [B, H, W, C]
-    if not isinstance(partition, Partition):
-        return None
+@on_a_map
+def _attention(attn: nn.Module, x: Tensor, partition: Partition) -> Tensor:  # [B, H, W, C]
     bias = None
     if attn.position_bias:
         group = partition.on(*x.shape[1:3]).group
@@ -55,8 +56,11 @@ def _partition(block: nn.Module) -> Partition:
 
 def _block(block: nn.Module, x: Tensor, H: int | None = None, W: int | None = None) -> Tensor | None:  # [B, H W, C]
     height, width = block.input_resolution if H is None else (H, W)
-    small = H is not None and min(height, width) <= block.group_size  # the block then changes itself
-    if drops(block.attn) or small or x.shape[1] != height * width:
+    if H is not None:
+        usual = min(height, width) > block.group_size  # else the block changes itself
+    else:
+        usual = hasattr(block, "interval") or not (height % block.group_size or width % block.group_size)
+    if drops(block.attn) or not usual or x.shape[1] != height * width:
         return None
     out = block.attn(block.norm1(x).unflatten(1, (height, width)), _partition(block))
     x = x + block.drop_path(out.flatten(1, 2))
@@ -81,7 +85,7 @@ def _check(block: nn.Module) -> str:
         expect(isinstance(value, int) and value > 0, f"its {name} is {value!r}, expected an int")
     check_kind(attn, "Attention")
     check_projections(attn.qkv, attn.proj, attn.num_heads, attn.dim // attn.num_heads)
-    check_scale(attn.scale)
+    check_scale(attn, attn.scale, attn.dim // attn.num_heads)
     if attn.position_bias:
         _check_positions(attn.pos, attn.num_heads)
     spread = f"every {interval} tokens" if hasattr(block, "interval") else "spread over the map"
@@ -97,13 +101,14 @@ def _check_positions(pos: nn.Module, heads: int) -> None:
     expect(got == expected, f"its position MLP has weights of {got}, expected {expected}")
 
 
-def _inputs(block: nn.Module) -> tuple:
+def _inputs(block: nn.Module) -> Iterator[tuple]:
     if not _on_maps(block):
         height, width = block.input_resolution
-        return (torch.randn(1, height * width, block.dim),)
-    least = block.group_size + 1
-    height, width = least + 2, max(least, block.group_size * getattr(block, "interval", 1) + 3)
-    return torch.randn(1, height * width, block.dim), height, width
+        yield (random(1, height * width, block.dim),)
+        return
+    least, span = block.group_size + 1, block.group_size * getattr(block, "interval", 1)
+    for height, width in ((least + 2, max(least, span + 3)), (max(least, span), max(least, span))):
+        yield random(1, height * width, block.dim), height, width
 
 
 RECIPES = (

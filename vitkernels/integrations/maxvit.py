@@ -18,16 +18,18 @@ from .recipe import (
     Pair,
     Recipe,
     Unsuitable,
-    as_pair,
     attend,
     channels,
     check_kind,
     check_projections,
     check_scale,
-    check_table,
     drops,
     expect,
+    expect_shape,
+    on_a_map,
     packed,
+    pair_of,
+    random,
     swin_table,
     times,
 )
@@ -40,15 +42,13 @@ def _partition(block: bool, size: Pair) -> Partition:
 # timm
 
 
-def _attention(attn: nn.Module, x: Tensor, partition: object = None, **_) -> Tensor | None:  # [B, H, W, C]
-    if not isinstance(partition, Partition):
-        return None
+@on_a_map
+def _attention(attn: nn.Module, x: Tensor, partition: Partition) -> Tensor:  # [B, H, W, C]
     return attn.proj_drop(attn.proj(_values(attn, attn.qkv(x), partition)))
 
 
-def _attention_2d(attn: nn.Module, x: Tensor, partition: object = None, **_) -> Tensor | None:  # [B, C, H, W]
-    if not isinstance(partition, Partition):
-        return None
+@on_a_map
+def _attention_2d(attn: nn.Module, x: Tensor, partition: Partition) -> Tensor:  # [B, C, H, W]
     qkv = attn.qkv(x.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1)
     return attn.proj_drop(attn.proj(_values(attn, qkv, partition).permute(0, 3, 1, 2)))
 
@@ -95,19 +95,19 @@ def _check_timm_attention(attn: nn.Module, size: Pair) -> None:
     check_kind(attn, "AttentionCl", "Attention2d")
     heads, rel_pos = attn.num_heads, attn.rel_pos
     check_projections(attn.qkv, attn.proj, heads, attn.dim_head)
-    check_scale(attn.scale)
+    check_scale(attn, attn.scale, attn.dim_head)
     if rel_pos is None:
         return
     check_kind(rel_pos, "RelPosBias", "RelPosBiasTf", "RelPosMlp")
     expect(not getattr(rel_pos, "prefix_tokens", 0), "its bias has a place for prefix tokens")
-    expect(as_pair(rel_pos.window_size, "bias's window_size") == size, f"its bias is for {rel_pos.window_size} tokens")
+    expect(pair_of(rel_pos.window_size, "bias's window_size") == size, f"its bias is for {rel_pos.window_size} tokens")
     sides = tuple(2 * n - 1 for n in size)
     if hasattr(rel_pos, "mlp"):
-        check_table(rel_pos.rel_coords_log, (*sides, 2))
+        expect_shape(rel_pos.rel_coords_log, (*sides, 2))
         expect(rel_pos.num_heads == heads, f"its bias is for {rel_pos.num_heads} heads, its attention has {heads}")
     else:
         tf = type(rel_pos).__name__ == "RelPosBiasTf"
-        check_table(rel_pos.relative_position_bias_table, (heads, *sides) if tf else (sides[0] * sides[1], heads))
+        expect_shape(rel_pos.relative_position_bias_table, (heads, *sides) if tf else (sides[0] * sides[1], heads))
 
 
 def _describe(block: bool, size: Pair) -> str:
@@ -115,26 +115,26 @@ def _describe(block: bool, size: Pair) -> str:
 
 
 def _check_timm(block: nn.Module) -> str:
-    size = as_pair(block.partition_size, "partition_size")
+    size = pair_of(block.partition_size, "partition_size")
     expect(isinstance(block.partition_block, bool), f"its partition_block is {block.partition_block!r}")
     _check_timm_attention(block.attn, size)
     return _describe(block.partition_block, size)
 
 
 def _check_timm_parallel(block: nn.Module) -> str:
-    size = as_pair(block.partition_size, "partition_size")
+    size = pair_of(block.partition_size, "partition_size")
     for attn in (block.attn_block, block.attn_grid):
         _check_timm_attention(attn, size)
     return f"partition_attention, blocks and grid {times(size)}"
 
 
-def _of_timm(block: nn.Module) -> tuple:
-    size = as_pair(block.partition_size, "partition_size")
-    return (torch.randn(1, 2 * size[0], 3 * size[1], block.norm1.weight.shape[0]),)
+def _of_timm(block: nn.Module) -> list[tuple]:
+    height, width = pair_of(block.partition_size, "partition_size")
+    return [(random(1, 2 * height, 3 * width, block.norm1.weight.shape[0]),)]
 
 
-def _of_timm_2d(block: nn.Module) -> tuple:
-    return (_of_timm(block)[0].permute(0, 3, 1, 2),)
+def _of_timm_2d(block: nn.Module) -> list[tuple]:
+    return [(maps.permute(0, 3, 1, 2),) for (maps,) in _of_timm(block)]
 
 
 def _whole_map(block: nn.Module) -> str:
@@ -144,9 +144,8 @@ def _whole_map(block: nn.Module) -> str:
 # torchvision
 
 
-def _torchvision_attention(attn: nn.Module, x: Tensor, partition: object = None) -> Tensor | None:  # [B, H, W, C]
-    if not isinstance(partition, Partition):
-        return None
+@on_a_map
+def _torchvision_attention(attn: nn.Module, x: Tensor, partition: Partition) -> Tensor:  # [B, H, W, C]
     bias = swin_table(attn.relative_position_bias_table, partition.group)
     return attn.merge(attend(packed(attn.to_qkv(x), attn.n_heads), partition, bias, attn.scale_factor))
 
@@ -165,7 +164,7 @@ def _torchvision_layer(layer: nn.Module, x: Tensor) -> Tensor | None:  # [B, C, 
 def _check_torchvision(layer: nn.Module) -> str:
     kinds = [type(part).__name__ for part in layer.attn_layer]
     expect(len(kinds) == 3, f"its attn_layer is {', '.join(kinds)}, expected a norm, the attention and a dropout")
-    attn, grid = layer.attn_layer[1], as_pair(layer.grid_size, "grid_size")
+    attn, grid = layer.attn_layer[1], pair_of(layer.grid_size, "grid_size")
     check_kind(attn, "RelativePositionalMultiHeadAttention")
     size = attn.size
     expect(attn.max_seq_len == size**2, f"its attention is for {attn.max_seq_len} tokens, which are no square")
@@ -175,13 +174,13 @@ def _check_torchvision(layer: nn.Module) -> str:
     expect((layer.p, layer.g) == (p, g), f"it divides its map into {layer.g} parts of {layer.p}, expected {g} of {p}")
     expect(grid[0] == grid[1] or p == size, f"its grid is on a map of {times(grid)}, expected a square")
     check_projections(attn.to_qkv, attn.merge, attn.n_heads, attn.head_dim)
-    check_table(attn.relative_position_bias_table, ((2 * size - 1) ** 2, attn.n_heads))
-    check_scale(attn.scale_factor)
+    expect_shape(attn.relative_position_bias_table, ((2 * size - 1) ** 2, attn.n_heads))
+    check_scale(attn, attn.scale_factor, attn.head_dim)
     return _describe(layer.partition_type == "window", (size, size))
 
 
-def _of_torchvision(layer: nn.Module) -> tuple:
-    return (torch.randn(1, channels(layer.attn_layer[1].to_qkv)[0], *layer.grid_size),)
+def _of_torchvision(layer: nn.Module) -> list[tuple]:
+    return [(random(1, channels(layer.attn_layer[1].to_qkv)[0], *layer.grid_size),)]
 
 
 RECIPES = (

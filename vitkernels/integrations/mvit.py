@@ -9,11 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from ..pooled_attention import Pool, pool_qkv, pooled_attention
-from .recipe import Recipe, Unsuitable, channels, check_projections, expect, packed
+from .recipe import Recipe, Unsuitable, channels, check_projections, expect, packed, random
 
 
 def _pool(operation: nn.Module | None, norm: nn.Module | None) -> Pool | None:
@@ -62,7 +61,7 @@ def _timm_attention(attn: nn.Module, x: Tensor, feat_size: Sequence[int]) -> tup
         index="slowfast",
         scale=attn.scale,
     )
-    return attn.proj(out.flatten(2)), list(q_size)
+    return attn.proj(out.flatten(2)), feat_size if attn.pool_q is None else list(q_size)
 
 
 def _check_timm(attn: nn.Module) -> str:
@@ -73,7 +72,7 @@ def _check_timm(attn: nn.Module) -> str:
     _eps([attn.norm_q, attn.norm_k, attn.norm_v])
     expect(attn.rel_pos_type in ("spatial", "", None), f"its rel_pos_type is {attn.rel_pos_type!r}")
     if attn.rel_pos_type == "spatial":
-        _check_tables(attn.head_dim, attn.rel_pos_h, attn.rel_pos_w)
+        _expect_shapes(attn.head_dim, attn.rel_pos_h, attn.rel_pos_w)
     return _describe(attn.rel_pos_type == "spatial")
 
 
@@ -81,9 +80,9 @@ def _pools_first(attn: nn.Module) -> str:
     raise Unsuitable("it pools before it projects, which no operator here does")
 
 
-def _of_timm(attn: nn.Module) -> tuple:
+def _of_timm(attn: nn.Module) -> list[tuple]:
     side = _side(attn.rel_pos_h.shape[0], attn.pool_q, attn.pool_k) if attn.rel_pos_type == "spatial" else 12
-    return torch.randn(1, side * side + attn.has_cls_token, channels(attn.qkv)[0]), [side, side]
+    return [(random(1, side * side + attn.has_cls_token, channels(attn.qkv)[0]), [side, side])]
 
 
 def _side(rows: int, *pools: nn.Module | None) -> int:
@@ -134,16 +133,16 @@ def _check_torchvision(attn: nn.Module) -> str:
     tables = [attn.rel_pos_t, attn.rel_pos_h, attn.rel_pos_w]
     expect(len({table is None for table in tables}) == 1, "it has some tables of relative positions and lacks others")
     if tables[0] is not None:
-        _check_tables(attn.head_dim, *tables)
+        _expect_shapes(attn.head_dim, *tables)
     return _describe(tables[0] is not None)
 
 
-def _of_torchvision(attn: nn.Module) -> tuple:
+def _of_torchvision(attn: nn.Module) -> list[tuple]:
     thw = (2, 12, 12)
     if attn.rel_pos_h is not None:
         side = _side(attn.rel_pos_h.shape[0], *(pool and pool.pool for pool in (attn.pool_q, attn.pool_k)))
         thw = ((attn.rel_pos_t.shape[0] + 1) // 2, side, side)
-    return torch.randn(1, math.prod(thw) + 1, channels(attn.qkv)[0]), thw
+    return [(random(1, math.prod(thw) + 1, channels(attn.qkv)[0]), thw)]
 
 
 # Checks
@@ -156,10 +155,12 @@ def _check_pool(operation: nn.Module | None, norm: nn.Module | None, head_dim: i
     if name in ("MaxPool2d", "AvgPool2d") and axes == 2:
         plain = not operation.ceil_mode and getattr(operation, "dilation", 1) == 1
         plain = plain and getattr(operation, "count_include_pad", True) and norm is None
+        plain = plain and getattr(operation, "divisor_override", None) is None
         return expect(plain, f"it pools otherwise than the published models: {operation}")
     expect(name == f"Conv{axes}d", f"it pools with a {name}, expected a Conv{axes}d")
     depthwise = operation.groups == operation.in_channels == operation.out_channels == head_dim
     plain = operation.bias is None and set(operation.dilation) == {1} and operation.padding_mode == "zeros"
+    plain = plain and not isinstance(operation.padding, str)
     expect(depthwise and plain, f"it pools otherwise than the published models: {operation}")
     expect(isinstance(norm, nn.LayerNorm), f"its norm after pooling is a {type(norm).__name__}, expected a LayerNorm")
     expect(norm.weight is not None and norm.bias is not None, "its norm after pooling has no weight or no bias")
@@ -174,7 +175,7 @@ def _eps(norms: Sequence[nn.Module | None]) -> float:
     return eps.pop()
 
 
-def _check_tables(head_dim: int, *tables: Tensor) -> None:
+def _expect_shapes(head_dim: int, *tables: Tensor) -> None:
     for table in tables:
         fine = table.dim() == 2 and table.shape[0] > 0 and table.shape[1] == head_dim
         expect(fine, f"its table of relative positions is {list(table.shape)}, expected [distances, {head_dim}]")

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import wraps
 
+import torch
 from torch import Tensor, nn
 
 from ..partition import Partition
@@ -34,8 +36,8 @@ class Recipe:
         name: of the class, with its module; a pattern, as of file names.
         methods: what runs instead, by the method's name in the module or in a part of it ("attn.forward").
         check: what will run, as the report says it; raises `Unsuitable`.
-        inputs: arguments of its forward, on the CPU, to compare both ways with. It is given a copy of the module, of
-            which it may set attributes.
+        inputs: some arguments of its forward, tensors of float32 on the CPU, to compare both ways with. It is given a
+            copy of the module, of which it may set attributes.
         attention: the attention modules, by name within the module.
         by_name: whether the name tells what forward computes, as that of a library's class does. Else both ways are
             compared before anything is replaced.
@@ -45,25 +47,36 @@ class Recipe:
     name: str
     methods: Mapping[str, Callable]
     check: Callable[[nn.Module], str]
-    inputs: Callable[[nn.Module], tuple]
+    inputs: Callable[[nn.Module], Iterable[tuple]]
     attention: tuple[str, ...] = ("attn",)
     by_name: bool = True
 
     def fits(self, kind: type) -> bool:
         return fnmatch.fnmatchcase(f"{kind.__module__}.{kind.__qualname__}", self.name)
 
-    def dropout(self, module: nn.Module) -> float:
-        return max(dropout(module.get_submodule(name)) for name in self.attention)
 
-
-def dropout(attn: nn.Module) -> float:
-    """The rate at which it drops attention weights while it is trained, which no kernel here does."""
+def dropout_rate(attn: nn.Module) -> float:
+    """Of the attention weights, while they are dropped, which no kernel here does."""
     layer = getattr(attn, "attn_drop", None)
     return getattr(layer, "p", 0.0) if layer is not None else getattr(attn, "attention_dropout", 0.0)
 
 
 def drops(attn: nn.Module) -> bool:
-    return attn.training and dropout(attn) > 0
+    """Whether it drops attention weights now."""
+    layer = getattr(attn, "attn_drop", attn)
+    return (attn.training or layer.training) and dropout_rate(attn) > 0
+
+
+def on_a_map(forward: Callable) -> Callable:
+    """What stands for an attention module's forward: ``forward`` of a whole map where there is a `Partition` instead
+    of a mask.
+    """
+
+    @wraps(forward)
+    def with_partition(attn: nn.Module, x: Tensor, partition: object = None, *_, **__) -> Tensor | None:
+        return forward(attn, x, partition) if isinstance(partition, Partition) else None
+
+    return with_partition
 
 
 # What a check is made of: nothing is replaced unless every attribute that is read is what it is taken for.
@@ -94,13 +107,15 @@ def check_projections(qkv: nn.Module, proj: nn.Module, heads: int, head_dim: int
         raise Unsuitable(str(error)) from error
 
 
-def check_table(table: Tensor, expected: tuple[int, ...]) -> None:
+def expect_shape(table: Tensor, expected: tuple[int, ...]) -> None:
     expect(tuple(table.shape) == expected, f"it has a table {list(table.shape)}, expected {list(expected)}")
 
 
-def check_scale(scale: object) -> None:
+def check_scale(attn: nn.Module, scale: object, head_dim: int) -> None:
     number = isinstance(scale, (int, float)) and not isinstance(scale, bool) and math.isfinite(scale)
     expect(number, f"its scale is {scale!r}, expected a number")
+    ignored = getattr(attn, "fused_attn", False) and not math.isclose(scale, head_dim**-0.5)
+    expect(not ignored, f"its scale is {scale}, which PyTorch's attention inside it does not use")
 
 
 def check_kind(part: object, *names: str) -> None:
@@ -115,7 +130,7 @@ def check_parts(module: nn.Module, *names: str) -> None:
     expect(not others, f"it has {', '.join(others)}, which the published class has not")
 
 
-def as_pair(value: object, name: str) -> Pair:
+def pair_of(value: object, name: str) -> Pair:
     """(height, width), of one int or of two."""
     pair = (value, value) if isinstance(value, int) else value
     fine = isinstance(pair, (tuple, list)) and len(pair) == 2 and all(isinstance(n, int) for n in pair)
@@ -125,6 +140,10 @@ def as_pair(value: object, name: str) -> Pair:
 
 def times(size: Pair) -> str:
     return f"{size[0]} x {size[1]}"
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float32, device="cpu")
 
 
 # Attention on a whole map

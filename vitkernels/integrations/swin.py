@@ -8,7 +8,7 @@ masks what it padded: zeros are projected, and attended to.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -20,17 +20,19 @@ from ..partition_attention import partition_attention
 from .recipe import (
     Pair,
     Recipe,
-    as_pair,
     attend,
     channels,
     check_kind,
     check_parts,
     check_projections,
     check_scale,
-    check_table,
     drops,
     expect,
+    expect_shape,
+    on_a_map,
     packed,
+    pair_of,
+    random,
     swin_table,
     times,
 )
@@ -38,10 +40,9 @@ from .recipe import (
 # The attention modules, on a whole map
 
 
-def _attention(attn: nn.Module, x: Tensor, partition: object = None, **_) -> Tensor | None:  # [B, H, W, C]
+@on_a_map
+def _attention(attn: nn.Module, x: Tensor, partition: Partition) -> Tensor:  # [B, H, W, C]
     """WindowAttention of Microsoft and timm, WindowMSA of MMDetection."""
-    if not isinstance(partition, Partition):
-        return None
     return attn.proj_drop(attn.proj(_values(attn, x, partition)))
 
 
@@ -63,9 +64,8 @@ def _cosine(attn: nn.Module, qkv: Tensor, partition: Partition) -> Tensor:  # [B
     return partition_attention(q.to(v.dtype), k.to(v.dtype), v, partition, bias, scale=1.0).flatten(-2)
 
 
-def _timm_v2_attention(attn: nn.Module, x: Tensor, partition: object = None, **_) -> Tensor | None:  # [B, H, W, C]
-    if not isinstance(partition, Partition):
-        return None
+@on_a_map
+def _timm_v2_attention(attn: nn.Module, x: Tensor, partition: Partition) -> Tensor:  # [B, H, W, C]
     if attn.q_bias is None:
         qkv = attn.qkv(x)
     else:
@@ -83,7 +83,8 @@ def _padded(attn: Callable[[Tensor, Partition], Tensor], x: Tensor, window: Pair
     below, right = -height % window[0], -width % window[1]
     if not below and not right:
         return attn(x, Partition.window(window, shift))
-    return attn(F.pad(x, (0, 0, 0, right, 0, below)), Partition.window(window, shift))[:, :height, :width]
+    x = F.pad(x, (0, 0, 0, right, 0, below))
+    return attn(x, Partition.window(window, shift))[:, :height, :width].contiguous()
 
 
 def _timm_attn(block: nn.Module, x: Tensor) -> Tensor | None:  # [B, H, W, C]
@@ -122,14 +123,15 @@ def _torchvision_cosine(attn: nn.Module, x: Tensor, partition: Partition) -> Ten
     return _cosine(attn, F.linear(x, attn.qkv.weight, bias), partition)
 
 
-def _microsoft_block(block: nn.Module, x: Tensor, *_, **__) -> Tensor | None:  # [B, H W, C]
+def _microsoft_block(block: nn.Module, x: Tensor, *mask: object, **others: object) -> Tensor | None:  # [B, H W, C]
     """Of the classification code, which does not pad, and of the detection code, whose stages set the map's size and
     give the mask of the shift.
     """
     padding = hasattr(block, "H")
     height, width = (block.H, block.W) if padding else block.input_resolution
     divides = height % block.window_size == 0 and width % block.window_size == 0
-    if drops(block.attn) or x.shape[1] != height * width or not (divides or padding):
+    usual = not others and (len(mask) == 1 if padding else not mask and divides)
+    if drops(block.attn) or not usual or x.shape[1] != height * width:
         return None
     window, shift = (block.window_size,) * 2, (block.shift_size,) * 2
     out = _padded(block.attn, block.norm1(x).unflatten(1, (height, width)), window, shift)
@@ -150,21 +152,21 @@ def _mmdetection_attention(attn: nn.Module, query: Tensor, hw_shape: Pair) -> Te
 def _check(module: nn.Module, attention: str = "attn", kind: str = "WindowAttention", cosine: bool = False) -> str:
     attn = module.get_submodule(attention)
     check_kind(attn, kind)
-    window, shift = as_pair(module.window_size, "window_size"), as_pair(module.shift_size, "shift_size")
+    window, shift = pair_of(module.window_size, "window_size"), pair_of(module.shift_size, "shift_size")
     expect(min(window) > 0, f"its window_size is {window}")
     expect(all(0 <= s < n for s, n in zip(shift, window)), f"its shift_size {shift} is not below its window, {window}")
-    expect(as_pair(attn.window_size, "window_size") == window, f"its attention is for windows of {attn.window_size}")
+    expect(pair_of(attn.window_size, "window_size") == window, f"its attention is for windows of {attn.window_size}")
     heads, dim, sides = attn.num_heads, channels(attn.proj)[0], tuple(2 * n - 1 for n in window)
     expect(heads > 0 and dim % heads == 0, f"its {dim} channels are not a multiple of its {heads} heads")
     check_projections(attn.qkv, attn.proj, heads, dim // heads)
     if cosine:
-        check_table(attn.relative_coords_table, (1, *sides, 2))
-        check_table(attn.logit_scale, (heads, 1, 1))
+        expect_shape(attn.relative_coords_table, (1, *sides, 2))
+        expect_shape(attn.logit_scale, (heads, 1, 1))
         sizes = channels(attn.cpb_mlp[0])[0], channels(attn.cpb_mlp[-1])[1]
         expect(sizes == (2, heads), f"its MLP of positions goes from {sizes[0]} to {sizes[1]}, expected 2 to {heads}")
     else:
-        check_table(attn.relative_position_bias_table, (math.prod(sides), heads))
-        check_scale(_scale(attn))
+        expect_shape(attn.relative_position_bias_table, (math.prod(sides), heads))
+        check_scale(attn, _scale(attn), dim // heads)
     shifted = f" shifted by {times(shift)}" if any(shift) else ""
     return f"partition_attention, windows {times(window)}{shifted}{', cosines' if cosine else ''}"
 
@@ -180,30 +182,37 @@ def _check_file(
 # Inputs to compare both ways with
 
 
-def _of_timm(block: nn.Module) -> tuple:
-    return (torch.randn(1, *as_pair(block.input_resolution, "input_resolution"), block.dim),)
+def _sizes(window: Pair) -> list[Pair]:
+    """Maps that do not divide, that are one window, that are one along an axis, that are smaller."""
+    (h, w), (half_h, half_w) = window, (window[0] // 2, window[1] // 2)
+    return [(2 * h + half_h, 2 * w + half_w), (h, w), (h, 2 * w), (half_h + 1, w + half_w)]
 
 
-def _of_torchvision(attn: nn.Module) -> tuple:
-    return (torch.randn(1, *(2 * n + n // 2 for n in attn.window_size), channels(attn.qkv)[0]),)
+def _of_timm(block: nn.Module) -> Iterator[tuple]:
+    yield (random(1, *pair_of(block.input_resolution, "input_resolution"), block.dim),)
 
 
-def _of_microsoft(block: nn.Module) -> tuple:
+def _of_torchvision(attn: nn.Module) -> Iterator[tuple]:
+    for size in _sizes(tuple(attn.window_size)):
+        yield (random(1, *size, channels(attn.qkv)[0]),)
+
+
+def _of_microsoft(block: nn.Module) -> Iterator[tuple]:
+    window, shift = block.window_size, block.shift_size
     if not hasattr(block, "H"):
-        height, width = as_pair(block.input_resolution, "input_resolution")
-        return (torch.randn(1, height * width, block.dim),)
-    block.H = block.W = side = 2 * block.window_size + block.window_size // 2
-    return torch.randn(1, side * side, block.dim), _mask(3 * block.window_size, block.window_size, block.shift_size)
+        height, width = pair_of(block.input_resolution, "input_resolution")
+        yield (random(1, height * width, block.dim),)
+        return
+    for block.H, block.W in _sizes((window, window)):
+        padded = tuple(-(-n // window) * window for n in (block.H, block.W))
+        wrapped = Partition.window(window, shift).on(*padded).wrapped(*padded, device="cpu")  # [windows, N, 2]
+        mask = (wrapped[:, :, None] != wrapped[:, None]).any(-1).float() * -100
+        yield random(1, block.H * block.W, block.dim), mask
 
 
-def _mask(side: int, window: int, shift: int) -> Tensor:  # [windows, N, N]
-    wrapped = Partition.window(window, shift).on(side, side).wrapped(side, side)
-    return (wrapped[:, :, None] != wrapped[:, None]).any(-1) * -100.0
-
-
-def _of_mmdetection(attn: nn.Module) -> tuple:
-    side = 2 * attn.window_size + attn.window_size // 2
-    return torch.randn(1, side * side, channels(attn.w_msa.qkv)[0]), (side, side)
+def _of_mmdetection(attn: nn.Module) -> Iterator[tuple]:
+    for size in _sizes((attn.window_size, attn.window_size)):
+        yield random(1, size[0] * size[1], channels(attn.w_msa.qkv)[0]), size
 
 
 _TORCHVISION = "torchvision.models.swin_transformer."

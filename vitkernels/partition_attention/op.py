@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from .. import _checks, _dispatch
 from ..partition import Derived, Partition, Size
@@ -71,7 +70,7 @@ class _PartitionAttention(Function):
         ctx.mark_non_differentiable(output[1])
 
     @staticmethod
-    @once_differentiable
+    @_dispatch.first_derivative
     def backward(ctx, dout, _):
         bias, statistic, *tensors = ctx.saved_tensors
         qkv, mlp = (tensors[:1], tensors[1:]) if ctx.packed else (tensors[:3], tensors[3:])

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from .. import _checks, _dispatch
 from .pool import check_thw
@@ -67,7 +66,7 @@ class _PooledAttention(Function):
         ctx.mark_non_differentiable(output[1])
 
     @staticmethod
-    @once_differentiable
+    @_dispatch.first_derivative
     def backward(ctx, dout, _):
         statistic, *tensors = ctx.saved_tensors
         if dout.stride(-1) != 1:  # an expanded gradient, as of sum()

@@ -9,7 +9,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from .. import _checks, _dispatch
 from .reference import pool_tokens as _reference
@@ -78,7 +77,7 @@ class _PoolTokens(Function):
         ctx.save_for_backward(*tensors)
 
     @staticmethod
-    @once_differentiable
+    @_dispatch.first_derivative
     def backward(ctx, *douts):
         x, *parameters = ctx.saved_tensors
         run = _dispatch.operator("pool_tokens_backward", ctx.backend, x.device)

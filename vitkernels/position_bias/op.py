@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from .. import _checks, _dispatch
 from ..partition import Size, as_pair
@@ -49,7 +48,7 @@ class _DynamicPositionBias(Function):
         ctx.save_for_backward(*mlp)
 
     @staticmethod
-    @once_differentiable
+    @_dispatch.first_derivative
     def backward(ctx, dtable):
         run = _dispatch.operator("dynamic_position_bias_backward", ctx.backend, dtable.device)
         return None, None, None, *run(dtable, ctx.saved_tensors, ctx.residual, *ctx.group)
