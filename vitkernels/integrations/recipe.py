@@ -79,7 +79,7 @@ def on_a_map(forward: Callable) -> Callable:
     return with_partition
 
 
-# What a check is made of: nothing is replaced unless every attribute that is read is what it is taken for.
+# What a check is made of: nothing is replaced unless it has the parts and the sizes that will be relied on.
 
 
 def expect(condition: bool, otherwise: str) -> None:
@@ -100,7 +100,9 @@ def check_projections(qkv: nn.Module, proj: nn.Module, heads: int, head_dim: int
     (_, out), (into, _), inner = channels(qkv), channels(proj), heads * head_dim
     expect(out == 3 * inner, f"its qkv projection gives {out} channels, expected 3 x {heads} heads x {head_dim}")
     expect(into == inner, f"its output projection takes {into} channels, expected {heads} heads x {head_dim}")
-    nothing = next(qkv.parameters()).detach().new_empty(0, 1, 1, 3, heads, head_dim)
+    weight = next(qkv.parameters(), None)
+    expect(weight is not None, f"its qkv projection, a {type(qkv).__name__}, has no parameters")
+    nothing = weight.detach().new_empty(0, 1, 1, 3, heads, head_dim)
     try:  # whether operators take heads of this size, in this dtype, on this device
         partition_attention_qkvpacked(nothing, Partition(1))
     except RuntimeError as error:
