@@ -49,7 +49,7 @@ ALLOWED = {
     "checkpoints": {"_blocks", "boat", "crossformer", "maxvit", "mvit"},
     # integrations call operators from modules of others
     "recipe": _OPERATORS,
-    "swin": _OPERATORS | {"recipe"},
+    "swin": _OPERATORS | {"partition_attention.module", "recipe"},
     "integrations.crossformer": _OPERATORS | {"recipe"},
     "integrations.maxvit": _OPERATORS | {"recipe"},
     "integrations.mvit": _OPERATORS | {"recipe"},

@@ -108,11 +108,11 @@ def first_derivative(backward: Callable) -> Callable:
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return gradients
         causes = [x for x in (*douts, *ctx.saved_tensors) if x is not None and x.requires_grad]
-        there = [i for i, x in enumerate(gradients) if x is not None]
-        if not causes or not there:
+        wanted = [x for x in gradients if x is not None]
+        if not causes or not wanted:
             return gradients
-        guarded = _First.apply(len(there), *(gradients[i] for i in there), *causes)
-        return tuple(guarded[there.index(i)] if i in there else None for i in range(len(gradients)))
+        guarded = iter(_First.apply(len(wanted), *wanted, *causes))
+        return tuple(x if x is None else next(guarded) for x in gradients)
 
     return once
 

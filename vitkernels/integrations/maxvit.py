@@ -106,8 +106,8 @@ def _check_timm_attention(attn: nn.Module, size: Pair) -> None:
         expect_shape(rel_pos.rel_coords_log, (*sides, 2))
         expect(rel_pos.num_heads == heads, f"its bias is for {rel_pos.num_heads} heads, its attention has {heads}")
     else:
-        tf = type(rel_pos).__name__ == "RelPosBiasTf"
-        expect_shape(rel_pos.relative_position_bias_table, (heads, *sides) if tf else (sides[0] * sides[1], heads))
+        table = rel_pos.relative_position_bias_table
+        expect_shape(table, (heads, *sides) if table.dim() == 3 else (sides[0] * sides[1], heads))
 
 
 def _describe(block: bool, size: Pair) -> str:

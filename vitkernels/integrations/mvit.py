@@ -24,25 +24,14 @@ def _pool(operation: nn.Module | None, norm: nn.Module | None) -> Pool | None:
     return Pool(operation.weight, norm.weight, norm.bias, operation.stride, padding=operation.padding)
 
 
-def _attend(
-    attn: nn.Module,
-    x: Tensor,  # [B, N, C]
-    thw: Sequence[int],
-    pools: Sequence[Pool | None],
-    eps: float,
-    has_cls: bool,
-) -> tuple:
-    """Pooled queries, keys and values, each with its map."""
-    return pool_qkv(packed(attn.qkv(x), attn.num_heads), *pools, thw=tuple(thw), has_cls=has_cls, eps=eps)
-
-
 # timm
 
 
 def _timm_attention(attn: nn.Module, x: Tensor, feat_size: Sequence[int]) -> tuple[Tensor, list[int]] | None:
     pools = [_pool(getattr(attn, f"pool_{name}"), getattr(attn, f"norm_{name}")) for name in "qkv"]
-    has_cls = attn.has_cls_token
-    (q, q_size), (k, k_size), (v, _) = _attend(attn, x, feat_size, pools, _eps([attn.norm_q, attn.norm_k]), has_cls)
+    has_cls, eps = attn.has_cls_token, _eps([attn.norm_q, attn.norm_k, attn.norm_v])
+    qkv = packed(attn.qkv(x), attn.num_heads)
+    (q, q_size), (k, k_size), (v, _) = pool_qkv(qkv, *pools, thw=tuple(feat_size), has_cls=has_cls, eps=eps)
     tables = None
     if attn.rel_pos_type == "spatial":
         rows = [2 * max(sizes) - 1 for sizes in zip(q_size, k_size)]
@@ -72,7 +61,7 @@ def _check_timm(attn: nn.Module) -> str:
     _eps([attn.norm_q, attn.norm_k, attn.norm_v])
     expect(attn.rel_pos_type in ("spatial", "", None), f"its rel_pos_type is {attn.rel_pos_type!r}")
     if attn.rel_pos_type == "spatial":
-        _expect_shapes(attn.head_dim, attn.rel_pos_h, attn.rel_pos_w)
+        _check_tables(attn.head_dim, attn.rel_pos_h, attn.rel_pos_w)
     return _describe(attn.rel_pos_type == "spatial")
 
 
@@ -102,7 +91,8 @@ def _torchvision_attention(attn: nn.Module, x: Tensor, thw: Sequence[int]) -> tu
     pools = (attn.pool_q, attn.pool_k, attn.pool_v)
     norms = [None if pool is None else pool.norm_act[0] for pool in pools]
     pools = [None if pool is None else _pool(pool.pool, norm) for pool, norm in zip(pools, norms)]
-    (q, q_thw), (k, k_thw), (v, _) = _attend(attn, x, thw, pools, _eps(norms), True)
+    qkv = packed(attn.qkv(x), attn.num_heads)
+    (q, q_thw), (k, k_thw), (v, _) = pool_qkv(qkv, *pools, thw=tuple(thw), has_cls=True, eps=_eps(norms))
     residual = "all" if attn.residual_with_cls_embed else "all_but_cls"
     out = pooled_attention(
         q,
@@ -133,7 +123,7 @@ def _check_torchvision(attn: nn.Module) -> str:
     tables = [attn.rel_pos_t, attn.rel_pos_h, attn.rel_pos_w]
     expect(len({table is None for table in tables}) == 1, "it has some tables of relative positions and lacks others")
     if tables[0] is not None:
-        _expect_shapes(attn.head_dim, *tables)
+        _check_tables(attn.head_dim, *tables)
     return _describe(tables[0] is not None)
 
 
@@ -175,7 +165,7 @@ def _eps(norms: Sequence[nn.Module | None]) -> float:
     return eps.pop()
 
 
-def _expect_shapes(head_dim: int, *tables: Tensor) -> None:
+def _check_tables(head_dim: int, *tables: Tensor) -> None:
     for table in tables:
         fine = table.dim() == 2 and table.shape[0] > 0 and table.shape[1] == head_dim
         expect(fine, f"its table of relative positions is {list(table.shape)}, expected [distances, {head_dim}]")

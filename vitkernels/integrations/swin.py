@@ -8,7 +8,7 @@ masks what it padded: zeros are projected, and attended to.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..partition import Partition
 from ..partition_attention import partition_attention
+from ..partition_attention.module import in_windows
 from .recipe import (
     Pair,
     Recipe,
@@ -77,16 +78,6 @@ def _timm_v2_attention(attn: nn.Module, x: Tensor, partition: Partition) -> Tens
 # The modules around them
 
 
-def _padded(attn: Callable[[Tensor, Partition], Tensor], x: Tensor, window: Pair, shift: Pair) -> Tensor:
-    """Zeros below and to the right, then the shift."""
-    height, width = x.shape[1:3]
-    below, right = -height % window[0], -width % window[1]
-    if not below and not right:
-        return attn(x, Partition.window(window, shift))
-    x = F.pad(x, (0, 0, 0, right, 0, below))
-    return attn(x, Partition.window(window, shift))[:, :height, :width].contiguous()
-
-
 def _timm_attn(block: nn.Module, x: Tensor) -> Tensor | None:  # [B, H, W, C]
     """The shift, then zeros below and to the right."""
     if drops(block.attn):
@@ -112,7 +103,7 @@ def _torchvision_attention(attn: nn.Module, x: Tensor) -> Tensor | None:  # [B, 
         values = _torchvision_cosine if hasattr(attn, "logit_scale") else _values
         return attn.proj(values(attn, x, partition))
 
-    return F.dropout(_padded(on_map, x, window, shift), attn.dropout, attn.training)
+    return F.dropout(in_windows(on_map, x, window, shift).contiguous(), attn.dropout, attn.training)
 
 
 def _torchvision_cosine(attn: nn.Module, x: Tensor, partition: Partition) -> Tensor:  # [B, H, W, C]
@@ -134,7 +125,7 @@ def _microsoft_block(block: nn.Module, x: Tensor, *mask: object, **others: objec
     if drops(block.attn) or not usual or x.shape[1] != height * width:
         return None
     window, shift = (block.window_size,) * 2, (block.shift_size,) * 2
-    out = _padded(block.attn, block.norm1(x).unflatten(1, (height, width)), window, shift)
+    out = in_windows(block.attn, block.norm1(x).unflatten(1, (height, width)), window, shift)
     x = x + block.drop_path(out.flatten(1, 2))
     return x + block.drop_path(block.mlp(block.norm2(x)))
 
@@ -143,7 +134,7 @@ def _mmdetection_attention(attn: nn.Module, query: Tensor, hw_shape: Pair) -> Te
     if drops(attn.w_msa) or query.shape[1] != hw_shape[0] * hw_shape[1]:
         return None
     window, shift = (attn.window_size,) * 2, (attn.shift_size,) * 2
-    return attn.drop(_padded(attn.w_msa, query.unflatten(1, tuple(hw_shape)), window, shift).flatten(1, 2))
+    return attn.drop(in_windows(attn.w_msa, query.unflatten(1, tuple(hw_shape)), window, shift).flatten(1, 2))
 
 
 # Checks

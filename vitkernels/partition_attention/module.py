@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -84,6 +86,20 @@ class _TableAttention(AttentionLayer):
         return partition_attention_qkvpacked(self._project(x), partition, bias, scale=self.scale, backend=self.backend)
 
 
+def in_windows(
+    attend: Callable[[Tensor, Partition], Tensor], x: Tensor, window: tuple[int, int], shift: tuple[int, int]
+) -> Tensor:
+    """``attend`` on the (shifted) windows of a map ``[B, H, W, ...]`` that need not divide: zeros are put below and to
+    the right before it, and what it makes of them is cut off.
+    """
+    height, width = x.shape[1:3]
+    below, right = -height % window[0], -width % window[1]
+    partition = Partition.window(window, shift)
+    if not below and not right:
+        return attend(x, partition)
+    return attend(F.pad(x, (0, 0, 0, right, 0, below)), partition)[:, :height, :width]
+
+
 class WindowAttention(_TableAttention):
     """Swin's window attention layer, shifted or not, with its relative position bias table.
 
@@ -121,13 +137,8 @@ class WindowAttention(_TableAttention):
 
     def forward(self, x: Tensor) -> Tensor:
         self._check(x)
-        height, width = x.shape[1:3]
-        below, right = -height % self.group[0], -width % self.group[1]
-        if below or right:
-            x = F.pad(x, (0, 0, 0, right, 0, below))
         shift = tuple(s if n > g else 0 for s, n, g in zip(self.shift, x.shape[1:3], self.group))
-        out = self._attend(x, Partition.window(self.group, shift))
-        return self._merge(out[:, :height, :width])
+        return self._merge(in_windows(self._attend, x, self.group, shift))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, window_size={self.group}, shift={self.shift}"
