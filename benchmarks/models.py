@@ -41,6 +41,11 @@ from vitkernels.models import create_model, load_checkpoint
 OFF = {torch.float32: 1e-3, torch.float64: 1e-9}  # of the largest logit; a twentieth in half precision
 
 
+def distance(found: Tensor, expected: Tensor) -> float:
+    """Relative to the norm of what is expected."""
+    return ((found - expected).norm() / expected.norm()).item()
+
+
 def _only_project(layer: nn.Module) -> None:
     """Attention layer ``layer`` without its attention: values are the output."""
 
@@ -167,16 +172,21 @@ class Model(workload.Workload):
             found["images' gradient"] = torch.autograd.grad(F.cross_entropy(logits, few.labels), few.images)[0]
         return found
 
+    def expected(self, gradients: bool) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """What the gate compares with, and how far off it a contender may be, of its norm."""
+        tensors = self.tensors(self.build("eager"), gradients)
+        return tensors, dict.fromkeys(tensors, OFF.get(self.dtype, 0.05))
+
     def gate(self, gradients: bool) -> Callable[[nn.Module], str | None]:
-        expected = self.tensors(self.build("eager"), gradients)
+        expected, allowed = self.expected(gradients)
 
         def objection(contender: nn.Module) -> str | None:
             if getattr(contender, "without_attention", False):
                 return None
             for name, found in self.tensors(contender, gradients).items():
-                error = ((found - expected[name]).norm() / expected[name].norm()).item()
-                if not error <= OFF.get(self.dtype, 0.05):
-                    return f"{name} off by {error:.2e} of eager's, allowed {OFF.get(self.dtype, 0.05):.0e}"
+                error = distance(found, expected[name])
+                if not error <= allowed[name]:
+                    return f"{name} off by {error:.2e}, allowed {allowed[name]:.1e}"
             return None
 
         return objection
@@ -211,27 +221,15 @@ class Accelerated(Model):
         with use_backend(getattr(contender, "backend", None)):
             return super().output(contender)
 
-    def gate(self, gradients: bool) -> Callable[[nn.Module], str | None]:
+    def expected(self, gradients: bool) -> tuple[dict[str, Tensor], dict[str, float]]:
         """As of a layer, twice the error that the model has as it is shipped: MViT's skip path takes maxima, where
         rounding decides, and float32 is off by more than a thousandth.
         """
-        exact = replace(
-            self, model=copy.deepcopy(self.model).double(), images=self.images.double(), dtype=torch.float64
-        )
-        truth, shipped = exact.tensors(exact.model, gradients), self.tensors(self.model, gradients)
-
-        def error(name: str, found: Tensor) -> float:
-            return ((found - truth[name]).norm() / truth[name].norm()).item()
-
-        allowed = {name: max(OFF.get(self.dtype, 0.05), 2 * error(name, shipped[name])) for name in truth}
-
-        def objection(contender: nn.Module) -> str | None:
-            for name, found in self.tensors(contender, gradients).items():
-                if not error(name, found) <= allowed[name]:
-                    return f"{name} off by {error(name, found):.2e}, allowed {allowed[name]:.2e}"
-            return None
-
-        return objection
+        exact = replace(self, images=self.images.double(), dtype=torch.float64)
+        truth = exact.tensors(copy.deepcopy(self.model).double(), gradients)
+        shipped = self.tensors(self.model, gradients)
+        least = OFF.get(self.dtype, 0.05)
+        return truth, {name: max(least, 2 * distance(shipped[name], x)) for name, x in truth.items()}
 
 
 @dataclass(frozen=True)

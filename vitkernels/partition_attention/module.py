@@ -87,10 +87,13 @@ class _TableAttention(AttentionLayer):
 
 
 def in_windows(
-    attend: Callable[[Tensor, Partition], Tensor], x: Tensor, window: tuple[int, int], shift: tuple[int, int]
+    attend: Callable[[Tensor, Partition], Tensor],
+    x: Tensor,  # [B, H, W, ...]
+    window: tuple[int, int],  # tokens
+    shift: tuple[int, int],  # tokens
 ) -> Tensor:
-    """``attend`` on the (shifted) windows of a map ``[B, H, W, ...]`` that need not divide: zeros are put below and to
-    the right before it, and what it makes of them is cut off.
+    """``attend`` on the (shifted) windows of a map that need not divide: zeros are put below and to the right before
+    it, and what it makes of them is cut off.
     """
     height, width = x.shape[1:3]
     below, right = -height % window[0], -width % window[1]
