@@ -1,10 +1,27 @@
-"""What attention layers on token maps share: the fused projection, the output projection, LePE."""
+"""What attention layers on token maps share: the fused projection, the output projection, LePE; when a part is read."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
 from . import _checks
+
+
+_READABLE = {nn.Sequential, nn.Linear, nn.Conv2d, nn.Conv3d, nn.LayerNorm, nn.ReLU}
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def readable(*parts: nn.Module) -> bool:
+    """Whether a kernel may read the parameters of ``parts`` where it would otherwise call them.
+
+    It may while they, and all in them, are PyTorch's own layers, without hooks and with their own forward. Pruned,
+    parametrised, quantised and wrapped layers, and adapters around a layer, act only when they are called.
+    """
+    modules = (module for part in parts for module in part.modules())
+    return all(
+        type(module) in _READABLE and "forward" not in vars(module) and not any(getattr(module, x) for x in _HOOKS)
+        for module in modules
+    )
 
 
 class AttentionLayer(nn.Module):
