@@ -432,6 +432,50 @@ def test_use_backend_ends_with_its_block_and_refuses_what_single_operators_have(
         create_model("mvit_v2_tiny", backend="sdpa")
 
 
+@pytest.mark.parametrize("first_out", [0, 1])
+def test_overlapping_blocks_leave_nothing_behind(first_out):
+    """Blocks of two threads that overlap: the one entered last holds, in whatever order they are left."""
+    blocks = use_backend("reference"), use_backend("cpu")
+    for block, backend in zip(blocks, ("reference", "cpu")):
+        block.__enter__()
+        assert _dispatch.asked(None) == backend
+    blocks[first_out].__exit__(None, None, None)
+    assert _dispatch.asked(None) == ("cpu", "reference")[first_out]
+    blocks[1 - first_out].__exit__(None, None, None)
+    assert _dispatch.asked(None) is None
+
+
+def test_use_backend_without_a_block_says_that_it_did_nothing():
+    with pytest.warns(RuntimeWarning, match=r"had no effect: write `with use_backend\('reference'\):`"):
+        use_backend("reference")
+    assert _dispatch.asked(None) is None
+
+
+def test_use_backend_above_a_function():
+    @use_backend("reference")
+    def asked() -> str | None:
+        return _dispatch.asked(None)
+
+    assert [asked(), asked(), _dispatch.asked(None)] == ["reference", "reference", None]
+
+
+@needs_native
+def test_use_backend_inside_a_compiled_function(ran):
+    torch.compiler.reset()
+    layer, x = MaxSA(32, 1, "grid", 4), torch.randn(1, 8, 8, 32)
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def both(x):
+        with use_backend("reference"):
+            unfused = layer(x)
+        return unfused, layer(x)
+
+    ran.clear()
+    both(x)
+    assert [backend for _, backend in ran] == ["reference", "cpu"]
+    assert _dispatch.asked(None) is None
+
+
 @needs_native
 def test_a_compiled_layer_follows_use_backend(ran):
     torch.compiler.reset()
