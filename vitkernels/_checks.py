@@ -72,8 +72,8 @@ def check_table(bias: object, q: Tensor, group: tuple[int, int]) -> None:
     if isinstance(bias, Tensor) and tuple(bias.shape) != (heads, *sides):
         hint = _other_bias(tuple(bias.shape), heads, sides, group)
         raise ValueError(
-            f"bias must be {layout} = {[heads, *sides]} for {heads} heads and groups of {group[0]} x {group[1]} tokens, "
-            f"got {shape_of(bias)}{hint}"
+            f"bias must be {layout} = {[heads, *sides]} for {heads} heads and groups of {group[0]} x {group[1]} "
+            f"tokens, got {shape_of(bias)}{hint}"
         )
     check_tensor("bias", bias, layout)
     check_device("q", q, "bias", bias)
