@@ -23,6 +23,16 @@ def readable(*parts: nn.Module) -> bool:
     )
 
 
+def bias_from_table(table: Tensor, group: tuple[int, int]) -> Tensor:  # [(2Gh-1)(2Gw-1), heads]
+    """Swin's table as the operators take it, ``[heads, 2Gh-1, 2Gw-1]``.
+
+    A table of one row or one column is viewed, not transposed: the transpose of its gradient would have strides that
+    are not the table's, which DistributedDataParallel copies with a warning.
+    """
+    sizes = tuple(2 * g - 1 for g in group)
+    return table.view(-1, *sizes) if 1 in table.shape else table.t().unflatten(1, sizes)
+
+
 class AttentionLayer(nn.Module):
     """A layer ``[B, H, W, C]`` to ``[B, H, W, C]``: its two projections, and the checks of its sizes and its input.
 

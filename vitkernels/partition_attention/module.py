@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _checks
-from .._layer import AttentionLayer, LocalPosition
+from .._layer import AttentionLayer, LocalPosition, bias_from_table
 from ..partition import Partition, Size, as_pair
 from ..position_bias import DynamicPositionBias
 from .op import lsda_attention, partition_attention_qkvpacked
@@ -82,7 +82,7 @@ class _TableAttention(AttentionLayer):
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
 
     def _attend(self, x: Tensor, partition: Partition) -> Tensor:  # [B, H, W, C] -> [B, H, W, heads, head_dim]
-        bias = self.relative_position_bias_table.t().unflatten(1, tuple(2 * g - 1 for g in self.group))
+        bias = bias_from_table(self.relative_position_bias_table, self.group)
         return partition_attention_qkvpacked(self._project(x), partition, bias, scale=self.scale, backend=self.backend)
 
 
