@@ -17,9 +17,13 @@ def readable(*parts: nn.Module) -> bool:
     parametrised, quantised and wrapped layers, and adapters around a layer, act only when they are called.
     """
     modules = (module for part in parts for module in part.modules())
+    return all(type(module) in _READABLE and silent(module) for module in modules)
+
+
+def silent(*parts: nn.Module | None) -> bool:
+    """Whether nobody listens to ``parts`` when they are called: they have no hooks and the forward of their class."""
     return all(
-        type(module) in _READABLE and "forward" not in vars(module) and not any(getattr(module, x) for x in _HOOKS)
-        for module in modules
+        part is None or ("forward" not in part.__dict__ and not any(getattr(part, x) for x in _HOOKS)) for part in parts
     )
 
 

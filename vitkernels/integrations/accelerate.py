@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import NamedTuple
 
@@ -56,8 +57,7 @@ class Report:
     def undo(self) -> None:
         """Give every module in ``replaced`` its own methods back; the model is as it was, whoever accelerated it."""
         for module, method in self._bound:
-            if _ours(vars(module).get(method)):
-                delattr(module, method)
+            _unbind(module, method)
         self._undone = True
 
     def __str__(self) -> str:
@@ -85,9 +85,26 @@ def _table(rows: list[tuple[str, ...]]) -> str:
 
 def run(function: Callable, module: nn.Module, method: str, *args, **kwargs) -> object:
     """``function`` in place of a method; the method itself where ``function`` does not serve the call."""
-    traced = any(isinstance(arg, Proxy) for arg in args)  # by torch.fx, which knows the methods that libraries have
+    traced = any(isinstance(arg, Proxy) for arg in (*args, *kwargs.values()))  # torch.fx knows the libraries' methods
     out = None if traced else function(module, *args, **kwargs)
     return getattr(type(module), method)(module, *args, **kwargs) if out is None else out
+
+
+class Method(partial):
+    """`run` in place of a method of a module; it has the method's signature and docstring."""
+
+    @property
+    def _method(self) -> Callable:
+        _, module, method = self.args
+        return getattr(type(module), method).__get__(module)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self._method)
+
+    @property
+    def __doc__(self) -> str | None:
+        return self._method.__doc__
 
 
 def _ours(value: object) -> bool:
@@ -103,7 +120,20 @@ def _places(module: nn.Module, recipe: Recipe) -> Iterator[tuple[nn.Module, str,
 
 def _bind(module: nn.Module, recipe: Recipe) -> None:
     for part, method, function in list(_places(module, recipe)):
-        setattr(part, method, partial(run, function, part, method))
+        setattr(part, method, Method(run, function, part, method))
+
+
+def _unbind(part: nn.Module, method: str) -> None:
+    if _ours(vars(part).get(method)):
+        delattr(part, method)
+
+
+def _give_back(module: nn.Module, recipe: Recipe) -> None:
+    """Its own methods, to a module that was served until it was changed."""
+    for path in recipe.methods:
+        part, _, method = path.rpartition(".")
+        with suppress(AttributeError):  # it has no such part
+            _unbind(module.get_submodule(part), method)
 
 
 # What is replaced
@@ -140,8 +170,7 @@ def _check(module: nn.Module, recipe: Recipe, base: type) -> tuple[str, bool]:
             author = next((kind for kind in type(part).__mro__ if method in vars(kind)), None)
             expect(author is not None, f"its {type(part).__name__} has no {method}: is the library another version?")
             expect(author.__module__ == base.__module__, f"{author.__name__} has a {method} of its own")
-            own = vars(part).get(method)
-            expect(own is None or _ours(own), f"its {method} was replaced by something else before")
+            _expect_own_methods(part, base)
     except Unsuitable:
         raise
     except Exception as error:  # whatever else a class of this name may have in these places
@@ -151,7 +180,17 @@ def _check(module: nn.Module, recipe: Recipe, base: type) -> tuple[str, bool]:
         why = f"it drops attention weights while it is trained (rate {rate:g}), which no kernel here does"
         expect(done or not any(map(drops, attentions)), why)
         now += f"; as before while trained (attention dropout {rate:g})"
+    if any(buffer.is_meta for buffer in module.buffers()):
+        now += "; its buffers, on the meta device, are taken to be as published"
     return now, done
+
+
+def _expect_own_methods(module: nn.Module, base: type) -> None:
+    """Of what the library's class has, nothing that the replaced methods may call is another on the instance."""
+    for name, value in vars(module).items():
+        own = getattr(type(module), name, None)
+        theirs = inspect.isfunction(own) and own.__module__ == base.__module__
+        expect(not theirs or _ours(value), f"its {name} was replaced by something else before")
 
 
 def _device(module: nn.Module) -> torch.device:
@@ -280,6 +319,7 @@ def accelerate(model: nn.Module, *, verify: bool = False, force: bool = False) -
                     _compare(module, recipe)
                 _bind(module, recipe)
         except Unsuitable as reason:
+            _give_back(module, recipe)
             report.skipped.append(Skipped(name, was, str(reason)))
         else:
             report.replaced.append(Replaced(name, was, now))

@@ -11,8 +11,19 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from .._layer import readable, silent
 from ..pooled_attention import Pool, pool_qkv, pooled_attention
 from .recipe import Recipe, Unsuitable, channels, check_projections, expect, packed, random
+
+
+def _reads(operation: nn.Module | None, norm: nn.Module | None) -> bool:
+    """Whether a pool and its norm may be read where the published forward calls them."""
+    if isinstance(operation, (nn.MaxPool2d, nn.AvgPool2d)):
+        return type(operation) in (nn.MaxPool2d, nn.AvgPool2d) and silent(operation)
+    if operation is None:
+        return norm is None
+    timms = f"{type(norm).__module__}.{type(norm).__qualname__}" == "timm.layers.norm.LayerNorm"
+    return readable(operation) and (silent(norm) if timms else readable(norm))
 
 
 def _pool(operation: nn.Module | None, norm: nn.Module | None) -> Pool | None:
@@ -28,7 +39,10 @@ def _pool(operation: nn.Module | None, norm: nn.Module | None) -> Pool | None:
 
 
 def _timm_attention(attn: nn.Module, x: Tensor, feat_size: Sequence[int]) -> tuple[Tensor, list[int]] | None:
-    pools = [_pool(getattr(attn, f"pool_{name}"), getattr(attn, f"norm_{name}")) for name in "qkv"]
+    parts = [(getattr(attn, f"pool_{name}"), getattr(attn, f"norm_{name}")) for name in "qkv"]
+    if not all(_reads(*pair) for pair in parts):
+        return None
+    pools = [_pool(*pair) for pair in parts]
     has_cls, eps = attn.has_cls_token, _eps([attn.norm_q, attn.norm_k, attn.norm_v])
     qkv = packed(attn.qkv(x), attn.num_heads)
     (q, q_size), (k, k_size), (v, _) = pool_qkv(qkv, *pools, thw=tuple(feat_size), has_cls=has_cls, eps=eps)
@@ -87,10 +101,15 @@ def _last(stride: object) -> int:
 # torchvision
 
 
-def _torchvision_attention(attn: nn.Module, x: Tensor, thw: Sequence[int]) -> tuple[Tensor, tuple[int, ...]]:
+def _torchvision_attention(attn: nn.Module, x: Tensor, thw: Sequence[int]) -> tuple[Tensor, tuple[int, ...]] | None:
     pools = (attn.pool_q, attn.pool_k, attn.pool_v)
+    if not silent(*pools, *(pool and pool.norm_act for pool in pools)):
+        return None
     norms = [None if pool is None else pool.norm_act[0] for pool in pools]
-    pools = [None if pool is None else _pool(pool.pool, norm) for pool, norm in zip(pools, norms)]
+    parts = [(pool and pool.pool, norm) for pool, norm in zip(pools, norms)]
+    if not all(_reads(*pair) for pair in parts):
+        return None
+    pools = [_pool(*pair) for pair in parts]
     qkv = packed(attn.qkv(x), attn.num_heads)
     (q, q_thw), (k, k_thw), (v, _) = pool_qkv(qkv, *pools, thw=tuple(thw), has_cls=True, eps=_eps(norms))
     residual = "all" if attn.residual_with_cls_embed else "all_but_cls"

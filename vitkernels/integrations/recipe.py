@@ -4,6 +4,10 @@ Such a function takes the module and the method's arguments and computes from th
 that moment. Where it does not serve a call it returns None, and the method runs as it was. A block hands its attention
 module the whole token map, and a `Partition` in the place of a mask: the module is still called, with its hooks and
 its wrappers.
+
+Two rules keep the results those of the original. A function calls the parts that the original calls, and reads the
+parameters that the original reads; if it reads where the original calls, it serves only parts that are `readable`.
+A buffer that the original reads is either read here too, or compared with its formula before anything is replaced.
 """
 
 from __future__ import annotations
@@ -12,11 +16,13 @@ import fnmatch
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
+from .._layer import silent
 from ..partition import Partition
 from ..partition_attention import partition_attention_qkvpacked
 
@@ -76,7 +82,41 @@ def on_a_map(forward: Callable) -> Callable:
     def with_partition(attn: nn.Module, x: Tensor, partition: object = None, *_, **__) -> Tensor | None:
         return forward(attn, x, partition) if isinstance(partition, Partition) else None
 
+    with_partition.on_a_map = True
     return with_partition
+
+
+# PyTorch's wrappers that hand their arguments on: where each keeps what it wraps.
+_WRAPPED = ("_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_orig_mod")
+# Parts of an attention module that a kernel stands for, and the classes that it stands for.
+_STOOD_FOR = {"softmax": (nn.Softmax,), "attn_drop": (nn.Dropout, nn.Identity)}
+
+
+def takes_maps(attn: nn.Module) -> bool:
+    """Whether ``attn``, called with a map and a `Partition`, computes what its own forward does group by group.
+
+    It does while it, or the module in a wrapper of PyTorch's, runs a function of `on_a_map`, drops no attention weights
+    and has no hooks on the parts that the kernel stands for. Else a block has to run its own method.
+    """
+    while not _runs_on_a_map(attn):
+        attn = next((attn._modules[name] for name in _WRAPPED if name in attn._modules), None)
+        if attn is None:
+            return False
+    parts = attn._modules
+    usual = all(type(parts[name]) in kinds for name, kinds in _STOOD_FOR.items() if name in parts)
+    return usual and not drops(attn) and silent(*(parts.get(name) for name in (*_STOOD_FOR, "rel_pos")))
+
+
+def _runs_on_a_map(attn: nn.Module) -> bool:
+    forward = attn.__dict__.get("forward")
+    return isinstance(forward, partial) and len(forward.args) > 0 and getattr(forward.args[0], "on_a_map", False)
+
+
+def known(x: Tensor) -> bool:
+    """Whether the values of ``x`` can be looked at now: it has some, and nothing is traced or captured."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor or x.is_meta:
+        return False
+    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 # What a check is made of: nothing is replaced unless it has the parts and the sizes that will be relied on.
@@ -113,6 +153,27 @@ def expect_shape(table: Tensor, expected: tuple[int, ...]) -> None:
     expect(tuple(table.shape) == expected, f"it has a table {list(table.shape)}, expected {list(expected)}")
 
 
+def expect_values(name: str, buffer: Tensor | None, expected: Tensor | None, of: str) -> None:
+    """``buffer`` is what its formula says; one without values, on the meta device, is taken to be."""
+    if buffer is None or expected is None:
+        return expect(buffer is expected, f"its {name} is {'missing' if buffer is None else 'set'}, unlike {of}")
+    if known(buffer):
+        same = buffer.shape == expected.shape and torch.equal(buffer, expected.to(buffer.dtype))
+        expect(same, f"its {name} has other values than {of}")
+
+
+def check_index(part: nn.Module, group: Pair) -> None:
+    """Its table of relative positions, of which every pair of tokens takes a row, is addressed by query minus key."""
+    index = getattr(part, "relative_position_index", None)
+    if index is None:
+        return
+    h, w = group
+    place = torch.arange(h * w, device=index.device)
+    y, x = place // w, place % w
+    rows = (y[:, None] - y + h - 1) * (2 * w - 1) + x[:, None] - x + w - 1
+    expect_values("relative_position_index", index, rows.view(index.shape), f"groups of {times(group)} have")
+
+
 def check_scale(attn: nn.Module, scale: object, head_dim: int) -> None:
     number = isinstance(scale, (int, float)) and not isinstance(scale, bool) and math.isfinite(scale)
     expect(number, f"its scale is {scale!r}, expected a number")
@@ -140,6 +201,13 @@ def pair_of(value: object, name: str) -> Pair:
     return tuple(pair)
 
 
+def check_int(value: object, name: str) -> None:
+    """``value`` is one int for both axes, as files of one class of maps have it."""
+    axes = len(value) if isinstance(value, (tuple, list)) else 0
+    three = f"; it is for maps of {axes} axes, and what is here for maps of 2" if axes > 2 else ""
+    expect(isinstance(value, int), f"its {name} is {value!r}, where the published class has an int{three}")
+
+
 def times(size: Pair) -> str:
     return f"{size[0]} x {size[1]}"
 
@@ -151,12 +219,37 @@ def random(*shape: int) -> Tensor:
 # Attention on a whole map
 
 
+def penalised(partition: Partition, height: int, width: int, device: torch.device) -> Tensor:  # [windows, N, N]
+    """Pairs of tokens of a window that only the shift brought together."""
+    wrapped = partition.on(height, width).wrapped(height, width, device)  # [windows, N, 2]
+    return (wrapped[:, :, None] != wrapped[:, None]).any(-1)
+
+
+def shift_mask(partition: Partition, height: int, width: int, like: Tensor) -> Tensor:  # [windows, N, N]
+    """Swin's mask: -100 between tokens that only the shift brought together, which is what the operator adds."""
+    return penalised(partition, height, width, like.device) * like.new_tensor(-100.0)
+
+
+# mask -> its version, the partition and the map that it was compared for, and whether it is theirs
+_COMPARED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def is_shift_mask(mask: object, partition: Partition, height: int, width: int) -> bool:
+    """Whether ``mask`` is known to be `shift_mask`. One that all blocks of a stage share is compared once."""
+    if not isinstance(mask, Tensor) or not known(mask) or not mask.is_floating_point() or mask.requires_grad:
+        return False
+    key = None if mask.is_inference() else (mask._version, partition, height, width)  # else changes leave no trace
+    before, same = _COMPARED.get(mask, (None, False))
+    if key is None or key != before:
+        expected = shift_mask(partition, height, width, mask)
+        same = mask.shape == expected.shape and torch.equal(mask, expected)
+        if key is not None:
+            _COMPARED[mask] = key, same
+    return same
+
+
 def packed(qkv: Tensor, heads: int) -> Tensor:  # [B, H, W, 3C] -> [B, H, W, 3, heads, head_dim]
     return qkv.unflatten(-1, (3, heads, -1))
-
-
-def swin_table(table: Tensor, window: Pair) -> Tensor:  # [(2Gh-1)(2Gw-1), heads] -> [heads, 2Gh-1, 2Gw-1]
-    return table.t().unflatten(1, tuple(2 * n - 1 for n in window))
 
 
 def attend(qkv: Tensor, partition: Partition, bias: Tensor | None, scale: float) -> Tensor:
