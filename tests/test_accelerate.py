@@ -654,6 +654,10 @@ def quantised(layer: nn.Module) -> nn.Module:
     return torch.ao.quantization.quantize_dynamic(nn.Sequential(layer), {nn.Linear}, dtype=torch.qint8)[0]
 
 
+def biased(conv: nn.Conv2d) -> nn.Conv2d:
+    return nn.Conv2d(32, 32, conv.kernel_size, conv.stride, conv.padding, groups=32)
+
+
 def torchvision_attention(name: str = "ShiftedWindowAttention") -> nn.Module:
     swin = import_torchvision()[0].models.swin_transformer
     return getattr(swin, name)(16, [7, 7], [3, 3], 2)
@@ -695,6 +699,9 @@ CHANGED = {
     "timm MViT's pool, hooked": (lambda: mvit_attention(mode="max"), (1, 256, 32), "pool_v", hooked),
     "timm MViT's norm, parametrised": (mvit_attention, (1, 256, 32), "norm_v", parametrised),
     "timm MViT's norm, hooked": (mvit_attention, (1, 256, 32), "norm_q", hooked),
+    "timm MViT's pool, another": (mvit_attention, (1, 256, 32), "pool_k", biased),
+    "timm MViT's norm, another": (mvit_attention, (1, 256, 32), "norm_k", lambda _: nn.LayerNorm(32, eps=0.1)),
+    "torchvision MViT's pool, wrapped": (torchvision_mvit_attention, (1, 513, 64), "pool_q", lambda pool: Logged(pool)),
     "torchvision MViT's pool": (torchvision_mvit_attention, (1, 513, 64), "pool_k.pool", pruned),
     "torchvision MViT's norm": (torchvision_mvit_attention, (1, 513, 64), "pool_k.norm_act.0", hooked),
     "CrossFormer's position MLP, pruned": (first_detection, (1, 150, 32), "attn.pos.pos1.2", pruned),
@@ -748,9 +755,7 @@ def test_parts_act_as_they_did(name, when):
             out = out[0] if isinstance(out, tuple) else out
             steps.append(out)
             parameters = [p for p in one.parameters() if p.requires_grad]
-            gradients = torch.autograd.grad(
-                out.cos().sum(), parameters, allow_unused=True, retain_graph="torchvision" in name
-            )
+            gradients = torch.autograd.grad(out.cos().sum(), parameters, allow_unused=True)
             steps += [torch.zeros(()) if g is None else g for g in gradients]
         results.append(steps)
     for expected, found in zip(*results, strict=True):

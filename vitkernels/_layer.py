@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from . import _checks
 
 _READABLE = {nn.Sequential, nn.Linear, nn.Conv2d, nn.Conv3d, nn.LayerNorm, nn.ReLU}
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 def readable(*parts: nn.Module) -> bool:
@@ -16,15 +15,20 @@ def readable(*parts: nn.Module) -> bool:
     It may while they, and all in them, are PyTorch's own layers, without hooks and with their own forward. Pruned,
     parametrised, quantised and wrapped layers, and adapters around a layer, act only when they are called.
     """
-    modules = (module for part in parts for module in part.modules())
-    return all(type(module) in _READABLE and silent(module) for module in modules)
+    return all(
+        type(part) in _READABLE and silent(part) and (not part._modules or readable(*part._modules.values()))
+        for part in parts
+    )
 
 
 def silent(*parts: nn.Module | None) -> bool:
     """Whether nobody listens to ``parts`` when they are called: they have no hooks and the forward of their class."""
-    return all(
-        part is None or ("forward" not in part.__dict__ and not any(getattr(part, x) for x in _HOOKS)) for part in parts
-    )
+    return not any(part is not None and _watched(part) for part in parts)
+
+
+def _watched(part: nn.Module) -> bool:
+    forwards = part._forward_pre_hooks or part._forward_hooks or "forward" in part.__dict__
+    return bool(forwards or part._backward_pre_hooks or part._backward_hooks)
 
 
 def bias_from_table(table: Tensor, group: tuple[int, int]) -> Tensor:  # [(2Gh-1)(2Gw-1), heads]

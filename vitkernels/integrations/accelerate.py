@@ -16,7 +16,7 @@ from torch.fx import Proxy
 from .. import _dispatch
 from .._checks import no_autocast
 from . import crossformer, maxvit, mvit, swin
-from .recipe import Recipe, Unsuitable, dropout_rate, drops, expect
+from .recipe import Recipe, Unsuitable, check_methods, dropout_rate, drops, expect, unusual
 
 RECIPES = (*swin.RECIPES, *maxvit.RECIPES, *mvit.RECIPES, *crossformer.RECIPES)
 _LIBRARIES = {recipe.name.partition(".")[0] for recipe in RECIPES if recipe.by_name} | {"vitkernels"}
@@ -166,11 +166,17 @@ def _check(module: nn.Module, recipe: Recipe, base: type) -> tuple[str, bool]:
         now = recipe.check(module)
         attentions = [module.get_submodule(name) for name in recipe.attention]
         places = list(_places(module, recipe))
+        for attn in attentions:
+            name = unusual(attn)
+            expect(
+                name is None,
+                f"its {name} is a {type(getattr(attn, name or '', None)).__name__}, which no kernel here computes",
+            )
         for part, method, _ in places:
             author = next((kind for kind in type(part).__mro__ if method in vars(kind)), None)
             expect(author is not None, f"its {type(part).__name__} has no {method}: is the library another version?")
             expect(author.__module__ == base.__module__, f"{author.__name__} has a {method} of its own")
-            _expect_own_methods(part, base)
+            check_methods(part, _ours)
     except Unsuitable:
         raise
     except Exception as error:  # whatever else a class of this name may have in these places
@@ -183,14 +189,6 @@ def _check(module: nn.Module, recipe: Recipe, base: type) -> tuple[str, bool]:
     if any(buffer.is_meta for buffer in module.buffers()):
         now += "; its buffers, on the meta device, are taken to be as published"
     return now, done
-
-
-def _expect_own_methods(module: nn.Module, base: type) -> None:
-    """Of what the library's class has, nothing that the replaced methods may call is another on the instance."""
-    for name, value in vars(module).items():
-        own = getattr(type(module), name, None)
-        theirs = inspect.isfunction(own) and own.__module__ == base.__module__
-        expect(not theirs or _ours(value), f"its {name} was replaced by something else before")
 
 
 def _device(module: nn.Module) -> torch.device:

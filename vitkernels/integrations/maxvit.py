@@ -23,6 +23,7 @@ from .recipe import (
     channels,
     check_index,
     check_kind,
+    check_methods,
     check_projections,
     check_scale,
     expect,
@@ -103,6 +104,7 @@ def _check_timm_attention(attn: nn.Module, size: Pair) -> None:
     if rel_pos is None:
         return
     check_kind(rel_pos, "RelPosBias", "RelPosBiasTf", "RelPosMlp")
+    check_methods(rel_pos)
     expect(not getattr(rel_pos, "prefix_tokens", 0), "its bias has a place for prefix tokens")
     expect(pair_of(rel_pos.window_size, "bias's window_size") == size, f"its bias is for {rel_pos.window_size} tokens")
     sides = tuple(2 * n - 1 for n in size)

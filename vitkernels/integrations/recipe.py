@@ -13,6 +13,7 @@ A buffer that the original reads is either read here too, or compared with its f
 from __future__ import annotations
 
 import fnmatch
+import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -103,8 +104,14 @@ def takes_maps(attn: nn.Module) -> bool:
         if attn is None:
             return False
     parts = attn._modules
-    usual = all(type(parts[name]) in kinds for name, kinds in _STOOD_FOR.items() if name in parts)
-    return usual and not drops(attn) and silent(*(parts.get(name) for name in (*_STOOD_FOR, "rel_pos")))
+    return not drops(attn) and not unusual(attn) and silent(*(parts.get(name) for name in (*_STOOD_FOR, "rel_pos")))
+
+
+def unusual(attn: nn.Module) -> str | None:
+    """The part of an attention module that no kernel stands for, if it has one."""
+    parts = attn._modules
+    names = (name for name, kinds in _STOOD_FOR.items() if name in parts and type(parts[name]) not in kinds)
+    return next(names, None)
 
 
 def _runs_on_a_map(attn: nn.Module) -> bool:
@@ -181,9 +188,21 @@ def check_scale(attn: nn.Module, scale: object, head_dim: int) -> None:
     expect(not ignored, f"its scale is {scale}, which PyTorch's attention inside it does not use")
 
 
+def is_kind(part: object, *names: str) -> bool:
+    """Whether the class of ``part``, or one that it derives from, has one of these names."""
+    return any(kind.__name__ in names for kind in type(part).__mro__)
+
+
 def check_kind(part: object, *names: str) -> None:
-    kinds = [kind.__name__ for kind in type(part).__mro__]
-    expect(any(name in kinds for name in names), f"it has a {kinds[0]} where a {' or '.join(names)} is expected")
+    expect(is_kind(part, *names), f"it has a {type(part).__name__} where a {' or '.join(names)} is expected")
+
+
+def check_methods(part: nn.Module, replaced: Callable[[object], bool] = lambda value: False) -> None:
+    """None of its methods, which what is replaced may call, is another on the instance, but for those ``replaced``."""
+    for name, value in vars(part).items():
+        own = getattr(type(part), name, None)
+        theirs = inspect.isfunction(own) and not own.__module__.startswith("torch.nn.")
+        expect(not theirs or replaced(value), f"its {name} was replaced by something else before")
 
 
 def check_parts(module: nn.Module, *names: str) -> None:
