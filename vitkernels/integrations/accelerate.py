@@ -279,6 +279,11 @@ def accelerate(model: nn.Module, *, verify: bool = False, force: bool = False) -
     are replaced, on the instances, and read the parameters at every call. What is recognised but cannot be served as it
     is, is left alone, with the reason in the report.
 
+    Results stay those of the module as it is: a mask that the caller hands in, a part that is wrapped, pruned or hooked
+    and an attention module that is replaced act as they did before, and where no kernel does that, the module's own
+    method runs. A shifted block of Microsoft's detection code takes the kernel if its mask is that of the shift, which
+    is looked up once for a mask, and so not in a graph of torch.compile or torch.export.
+
     A model may be accelerated before or after it is moved, cast, compiled, or wrapped in DistributedDataParallel or
     FSDP2 (before, where it has to be compared). Twice does no more than once. An accelerated model can be copied and
     pickled, and the copy is accelerated. `torch.fx` traces the methods as they were. Not for nn.DataParallel,

@@ -223,8 +223,8 @@ def pair_of(value: object, name: str) -> Pair:
 def check_int(value: object, name: str) -> None:
     """``value`` is one int for both axes, as files of one class of maps have it."""
     axes = len(value) if isinstance(value, (tuple, list)) else 0
-    three = f"; it is for maps of {axes} axes, and what is here for maps of 2" if axes > 2 else ""
-    expect(isinstance(value, int), f"its {name} is {value!r}, where the published class has an int{three}")
+    more = f", and no kernel here is for windows of {axes} axes" if axes > 2 else ""
+    expect(isinstance(value, int), f"its {name} is {value!r} where the published class has an int{more}")
 
 
 def times(size: Pair) -> str:
@@ -246,7 +246,7 @@ def penalised(partition: Partition, height: int, width: int, device: torch.devic
 
 def shift_mask(partition: Partition, height: int, width: int, like: Tensor) -> Tensor:  # [windows, N, N]
     """Swin's mask: -100 between tokens that only the shift brought together, which is what the operator adds."""
-    return penalised(partition, height, width, like.device) * like.new_tensor(-100.0)
+    return penalised(partition, height, width, like.device).to(like.dtype) * -100.0
 
 
 # mask -> its version, the partition and the map that it was compared for, and whether it is theirs

@@ -117,8 +117,8 @@ def _own_mask(block: nn.Module, padded: Pair) -> bool:
 
 
 def _padded_resolution(block: nn.Module) -> Pair:
-    size = pair_of(block.input_resolution, "input_resolution")
-    return tuple(-(-n // g) * g for n, g in zip(size, block.window_size))
+    size, window = pair_of(block.input_resolution, "input_resolution"), pair_of(block.window_size, "window_size")
+    return tuple(-(-n // g) * g for n, g in zip(size, window))
 
 
 def _torchvision_attention(attn: nn.Module, x: Tensor) -> Tensor | None:  # [B, H, W, C]
@@ -201,21 +201,21 @@ def _check(module: nn.Module, attention: str = "attn", kind: str = "WindowAttent
     return f"partition_attention, windows {times(window)}{shifted}{', cosines' if cosine else ''}"
 
 
-def _check_mask(block: nn.Module, size: Pair) -> None:
-    """The mask that the block stores for maps of ``size`` is that of its shift."""
+def _check_mask(block: nn.Module) -> None:
+    """The mask that the block stores, for maps of one size, is that of its shift."""
     window, shift = pair_of(block.window_size, "window_size"), pair_of(block.shift_size, "shift_size")
     mask = block.attn_mask
     expected = None
     if any(shift):
         like = mask if mask is not None else next(block.parameters())
-        expected = shift_mask(Partition.window(window, shift), *size, like)
+        expected = shift_mask(Partition.window(window, shift), *_padded_resolution(block), like)
     expect_values("attn_mask", mask, expected, "the mask of its shift")
 
 
 def _check_timm(block: nn.Module, cosine: bool = False) -> str:
     now = _check(block, cosine=cosine)
     if not getattr(block, "dynamic_mask", False):
-        _check_mask(block, _padded_resolution(block))
+        _check_mask(block)
     return now
 
 
@@ -232,9 +232,10 @@ def _check_microsoft(block: nn.Module) -> str:
     now = _check_file(block, ("norm1", "attn", "drop_path", "norm2", "mlp"))
     if not hasattr(block, "H"):
         if "attn_mask" in block._buffers:
-            _check_mask(block, pair_of(block.input_resolution, "input_resolution"))
+            _check_mask(block)
         return now
-    return f"{now}; as before with a mask that is not the shift's (0 and -100)" if block.shift_size else now
+    others = "; as before with other masks than the shift's (0 and -100), and in a graph, where no mask is known"
+    return f"{now}{others}" if block.shift_size else now
 
 
 # Inputs to compare both ways with
