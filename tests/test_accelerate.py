@@ -9,6 +9,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -380,6 +381,7 @@ SPOILT = {
     "scale": (swin_block, "attn.scale", "large", "its scale is 'large'"),
     "scale that is ignored": (maxvit_block, "attn.scale", 0.5, "its scale is 0.5, which PyTorch's attention inside"),
     "attention": (swin_block, "attn", nn.Identity(), "a Identity where a WindowAttention is expected"),
+    "softmax": (swin_block, "attn.softmax", nn.Sigmoid(), "its softmax is a Sigmoid, which no kernel here computes"),
     "replaced": (swin_block, "_attn", print, "its _attn was replaced by something else before"),
     "inner replaced": (swin_block, "attn.forward", print, "its forward was replaced by something else before"),
     "MaxViT's table": (
@@ -850,8 +852,15 @@ def test_buffers_without_values():
 
 def test_methods_that_were_replaced():
     block = swin_block()
+    block.forward = partial(type(block).forward, block)
+    assert accelerate(block).replaced, "its forward still calls what is replaced"
     block.attn._get_rel_pos_bias = lambda: torch.zeros(1, 1, 49, 49)
-    assert "its _get_rel_pos_bias was replaced by something else before" in only_reason(block)
+    report = accelerate(block)
+    assert "its _get_rel_pos_bias was replaced by something else before" in report.skipped[0].reason
+    assert "_get_rel_pos_bias was replaced" in only_reason(block)
+    block = maxvit_block()
+    block.attn.rel_pos.get_bias = lambda: torch.zeros(1, 1, 9, 9)
+    assert "its get_bias was replaced" in only_reason(block)
 
 
 BLOCKS = {

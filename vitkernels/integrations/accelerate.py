@@ -167,16 +167,16 @@ def _check(module: nn.Module, recipe: Recipe, base: type) -> tuple[str, bool]:
         attentions = [module.get_submodule(name) for name in recipe.attention]
         places = list(_places(module, recipe))
         for attn in attentions:
-            name = unusual(attn)
-            expect(
-                name is None,
-                f"its {name} is a {type(getattr(attn, name or '', None)).__name__}, which no kernel here computes",
-            )
+            if name := unusual(attn):
+                kind = type(attn.get_submodule(name)).__name__
+                raise Unsuitable(f"its {name} is a {kind}, which no kernel here computes")
         for part, method, _ in places:
             author = next((kind for kind in type(part).__mro__ if method in vars(kind)), None)
             expect(author is not None, f"its {type(part).__name__} has no {method}: is the library another version?")
             expect(author.__module__ == base.__module__, f"{author.__name__} has a {method} of its own")
-            check_methods(part, _ours)
+            own = vars(part).get(method)
+            expect(own is None or _ours(own), f"its {method} was replaced by something else before")
+            check_methods(part, besides=("forward", method))
     except Unsuitable:
         raise
     except Exception as error:  # whatever else a class of this name may have in these places
@@ -282,7 +282,8 @@ def accelerate(model: nn.Module, *, verify: bool = False, force: bool = False) -
     Results stay those of the module as it is: a mask that the caller hands in, a part that is wrapped, pruned or hooked
     and an attention module that is replaced act as they did before, and where no kernel does that, the module's own
     method runs. A shifted block of Microsoft's detection code takes the kernel if its mask is that of the shift, which
-    is looked up once for a mask, and so not in a graph of torch.compile or torch.export.
+    is looked up once for a mask, and so not in a graph of torch.compile or torch.export. Buffers are compared with
+    their formula when this is called: call it again after changing one.
 
     A model may be accelerated before or after it is moved, cast, compiled, or wrapped in DistributedDataParallel or
     FSDP2 (before, where it has to be compared). Twice does no more than once. An accelerated model can be copied and
