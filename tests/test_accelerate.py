@@ -381,6 +381,12 @@ SPOILT = {
     "scale": (swin_block, "attn.scale", "large", "its scale is 'large'"),
     "scale that is ignored": (maxvit_block, "attn.scale", 0.5, "its scale is 0.5, which PyTorch's attention inside"),
     "attention": (swin_block, "attn", nn.Identity(), "a Identity where a WindowAttention is expected"),
+    "index": (
+        swin_block,
+        "attn.relative_position_index",
+        torch.zeros(3).long(),
+        "its relative_position_index has other",
+    ),
     "softmax": (swin_block, "attn.softmax", nn.Sigmoid(), "its softmax is a Sigmoid, which no kernel here computes"),
     "replaced": (swin_block, "_attn", print, "its _attn was replaced by something else before"),
     "inner replaced": (swin_block, "attn.forward", print, "its forward was replaced by something else before"),

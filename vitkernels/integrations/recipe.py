@@ -178,7 +178,7 @@ def check_index(part: nn.Module, group: Pair) -> None:
     place = torch.arange(h * w, device=index.device)
     y, x = place // w, place % w
     rows = (y[:, None] - y + h - 1) * (2 * w - 1) + x[:, None] - x + w - 1
-    expect_values("relative_position_index", index, rows.view(index.shape), f"groups of {times(group)} have")
+    expect_values("relative_position_index", index.flatten(), rows.flatten(), f"groups of {times(group)} have")
 
 
 def check_scale(attn: nn.Module, scale: object, head_dim: int) -> None:
@@ -238,15 +238,16 @@ def random(*shape: int) -> Tensor:
 # Attention on a whole map
 
 
-def penalised(partition: Partition, height: int, width: int, device: torch.device) -> Tensor:  # [windows, N, N]
-    """Pairs of tokens of a window that only the shift brought together."""
-    wrapped = partition.on(height, width).wrapped(height, width, device)  # [windows, N, 2]
-    return (wrapped[:, :, None] != wrapped[:, None]).any(-1)
-
-
 def shift_mask(partition: Partition, height: int, width: int, like: Tensor) -> Tensor:  # [windows, N, N]
-    """Swin's mask: -100 between tokens that only the shift brought together, which is what the operator adds."""
-    return penalised(partition, height, width, like.device).to(like.dtype) * -100.0
+    """Swin's mask: -100 between tokens that only the shift brought together, which is what the operator adds.
+
+    A map of 2 x 2 windows has all kinds: inside, at the right border, at the lower one, at both.
+    """
+    (h, w), device = partition.group, like.device
+    wrapped = partition.on(2 * h, 2 * w).wrapped(2 * h, 2 * w, device)  # [4, N, 2]
+    kinds = (wrapped[:, :, None] != wrapped[:, None]).any(-1).to(like.dtype) * -100.0
+    lower, right = (torch.arange(g, n + 1, g, device=device) == n for n, g in ((height, h), (width, w)))
+    return kinds[(2 * lower[:, None] + right).flatten()]
 
 
 # mask -> its version, the partition and the map that it was compared for, and whether it is theirs
@@ -257,7 +258,8 @@ def is_shift_mask(mask: object, partition: Partition, height: int, width: int) -
     """Whether ``mask`` is known to be `shift_mask`. One that all blocks of a stage share is compared once."""
     if not isinstance(mask, Tensor) or not known(mask) or not mask.is_floating_point() or mask.requires_grad:
         return False
-    key = None if mask.is_inference() else (mask._version, partition, height, width)  # else changes leave no trace
+    # changes of inference tensors leave no trace: those are compared at every call
+    key = None if mask.is_inference() else (mask._version, partition, height, width)
     before, same = _COMPARED.get(mask, (None, False))
     if key is None or key != before:
         expected = shift_mask(partition, height, width, mask)
