@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -11,7 +12,15 @@ from conftest import restored
 from golden import assert_golden
 from torch import nn
 
-from vitkernels import LongShortDistanceAttention, MaxSA, WindowAttention, window_attention
+from vitkernels import (
+    CrossShapedWindowAttention,
+    FeatureSpaceAttention,
+    LongShortDistanceAttention,
+    MaxSA,
+    MultiScaleAttention,
+    WindowAttention,
+    window_attention,
+)
 from vitkernels.models.crossformer import Block
 
 GOLDEN = ["sda", "lda_i2", "lda_i3", "small_map", "v1_lda_i4", "acl"]
@@ -176,3 +185,46 @@ def test_the_table_layers_use_the_functional_table_layout():
     qkv = layer.qkv(x).view(1, 6, 8, 3, 2, 16)
     bias = layer.relative_position_bias_table.t().reshape(2, 5, 7)
     torch.testing.assert_close(layer(x), layer.proj(window_attention(qkv, bias, window_size=(3, 4)).flatten(-2)))
+
+
+def pooling(dim: int, heads: int, size: tuple[int, ...], kernel: int) -> MultiScaleAttention:
+    pools = {"kernel_q": kernel, "kernel_kv": kernel, "stride_kv": (1, 2, 2)[-len(size) :]}
+    time = len(size) == 3
+    return MultiScaleAttention(dim, dim, heads, size, **pools, rel_pos_spatial=True, rel_pos_temporal=time)
+
+
+STRIDED: dict[str, nn.Module] = {
+    "lsda": LongShortDistanceAttention(32, 1, 3, 2),
+    "lsda, hidden width 1": LongShortDistanceAttention(16, 16, 3),
+    "window": WindowAttention(4, 1, 3, 1),
+    "window of one token": WindowAttention(4, 2, 1),
+    "one channel": WindowAttention(1, 1, 3),
+    "grid": MaxSA(4, 1, "grid", 3),
+    "stripes": CrossShapedWindowAttention(4, 2, 3),
+    "stripes, one channel each": CrossShapedWindowAttention(2, 2, 3),
+    "whole map": CrossShapedWindowAttention(4, 1, last_stage=True),
+    "clusters": FeatureSpaceAttention(4, 1, 9, 4),
+    "pooled": pooling(4, 1, (9, 9), 3),
+    "pooled, one channel": pooling(1, 1, (9, 9), 3),
+    "pooled video": pooling(4, 1, (2, 9, 9), 3),
+    "pooled by strides alone": pooling(4, 2, (9, 9), 1),
+    "pooled, tables of one row": pooling(4, 2, (1, 1), 3),
+}
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels last"])
+@pytest.mark.parametrize("name", STRIDED)
+def test_gradients_are_strided_as_their_parameters(name, channels_last, backend):
+    """DistributedDataParallel warns of other strides, of a dimension of size 1 too, and copies."""
+    layer = copy.deepcopy(STRIDED[name])
+    if isinstance(layer, MultiScaleAttention):
+        thw = (2, 9, 9)[-len(layer.kernel_q) :]
+        inputs = torch.randn(2, math.prod(thw), layer.dim), thw
+    else:
+        inputs = (torch.randn(2, 9, 9, layer.dim),)
+    if channels_last:
+        layer.to(memory_format=torch.channels_last_3d if "video" in name else torch.channels_last)
+    out = layer(*inputs)
+    (out[0] if isinstance(out, tuple) else out).square().sum().backward()
+    strides = {name: (p.stride(), p.grad.stride()) for name, p in layer.named_parameters()}
+    assert {name: pair for name, pair in strides.items() if pair[0] != pair[1]} == {}

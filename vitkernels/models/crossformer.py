@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._layer import Conv2d
 from ..partition_attention import LongShortDistanceAttention
 from ._blocks import Pyramid, Stage, TransformerBlock, drop_path_rates, nchw, nhwc, pad_to_multiple, per_stage
 
@@ -82,7 +83,7 @@ class Block(TransformerBlock):
     def __init__(self, attn: LongShortDistanceAttention, mlp_ratio: float, drop_path: float, cooling: bool):
         super().__init__(attn, mlp_ratio, drop_path)
         dim = attn.dim
-        self.ex_conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim) if cooling else None
+        self.ex_conv = Conv2d(dim, dim, 3, padding=1, groups=dim) if cooling else None
         self.ex_ln = nn.LayerNorm(dim) if cooling else None
 
     def forward(self, x: Tensor) -> Tensor:  # [B, H, W, C]

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from .. import _checks
+from .._layer import same_strides
 from .op import INDICES, RESIDUALS, pooled_attention
 from .pool import MODES, Pool, check_axes, check_thw, pool_qkv
 
@@ -127,7 +128,7 @@ class MultiScaleAttention(nn.Module):
         if self.mode != "conv":
             return Pool(kernel=kernel, stride=stride, mode=self.mode)
         norm = getattr(self, f"norm_{name}")
-        return Pool(getattr(self, f"pool_{name}").weight, norm.weight, norm.bias, stride)
+        return Pool(same_strides(getattr(self, f"pool_{name}").weight), norm.weight, norm.bias, stride)
 
     def forward(self, x: Tensor, thw: Sequence[int]) -> tuple[Tensor, tuple[int, ...]]:
         _checks.check_tensor("x", x, "[B, N, C]")
