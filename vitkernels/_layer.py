@@ -9,20 +9,36 @@ from torch.autograd import Function
 from . import _checks
 
 _READABLE = {nn.Sequential, nn.Linear, nn.Conv2d, nn.Conv3d, nn.LayerNorm, nn.ReLU}
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def as_made(module: nn.Module) -> bool:
+    """Whether calling ``module`` is calling the forward of its class: it has no hooks and no forward of its own."""
+    own = module.__dict__
+    return not (
+        own["_forward_pre_hooks"]
+        or own["_forward_hooks"]
+        or own["_backward_pre_hooks"]
+        or own["_backward_hooks"]
+        or "forward" in own
+    )
 
 
 def readable(*parts: nn.Module) -> bool:
     """Whether a kernel may read the parameters of ``parts`` where it would otherwise call them.
 
-    It may while they, and all in them, are PyTorch's own layers, without hooks and with their own forward. Pruned,
-    parametrised, quantised and wrapped layers, and adapters around a layer, act only when they are called.
+    It may while they, and all in them, are PyTorch's own layers, without hooks, with their own forward and with plain
+    tensors. Pruned, parametrised, quantised and wrapped layers, and adapters around a layer, act only when they are
+    called.
     """
-    modules = (module for part in parts for module in part.modules())
-    return all(
-        type(module) in _READABLE and "forward" not in vars(module) and not any(getattr(module, x) for x in _HOOKS)
-        for module in modules
-    )
+    for part in parts:
+        if type(part) not in _READABLE or not as_made(part):
+            return False
+        for x in part._parameters.values():
+            if hasattr(type(x), "__tensor_flatten__"):
+                return False
+        if part._modules and not readable(*part._modules.values()):
+            return False
+    return True
 
 
 def bias_from_table(table: Tensor, group: tuple[int, int]) -> Tensor:  # [(2Gh-1)(2Gw-1), heads]
