@@ -990,6 +990,14 @@ def test_gradients_have_the_strides_of_their_parameters(name, torchvision):
     assert after <= before and not any("attn" in name for name in after)
 
 
+@pytest.mark.parametrize("family", ["timm mvit", "torchvision mvit"])
+def test_gradients_of_pools_have_the_strides_of_channels_last(family):
+    make, size = FAMILIES[family]
+    model = make().to(memory_format=torch.channels_last if len(size) == 3 else torch.channels_last_3d)
+    accelerate(model)
+    assert not any("pool" in name for name in other_strides(model, torch.randn(1, *size)))
+
+
 SIGNATURES = {
     "timm": (swin_block, "attn.forward"),
     "torchvision": (torchvision_attention, "forward"),

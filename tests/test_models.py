@@ -344,6 +344,18 @@ def test_trains(family):
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
 
 
+@small
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels last"])
+def test_gradients_are_strided_as_their_parameters(family, channels_last, backend):
+    """On images of one channel, with a classifier of one class. DistributedDataParallel warns of other strides."""
+    model = build(family, in_channels=1, num_classes=1)
+    if channels_last:
+        model.to(memory_format=torch.channels_last_3d if "video" in family else torch.channels_last)
+    model(images_for(family, 32, 32)[:, :1]).square().sum().backward()
+    strides = {name: (p.stride(), p.grad.stride()) for name, p in model.named_parameters()}
+    assert {name: pair for name, pair in strides.items() if pair[0] != pair[1]} == {}
+
+
 @pytest.mark.parametrize("family", ["crossformer++", "boat_swin", "boat_cswin", "maxvit", "mvit_v2", "mvit_v1 video"])
 def test_compiles_and_exports(family):
     torch.compiler.reset()

@@ -2,43 +2,85 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
+from torch.autograd import Function
 
 from . import _checks
 
 _READABLE = {nn.Sequential, nn.Linear, nn.Conv2d, nn.Conv3d, nn.LayerNorm, nn.ReLU}
 
 
-def readable(*parts: nn.Module) -> bool:
-    """Whether a kernel may read the parameters of ``parts`` where it would otherwise call them.
-
-    It may while they, and all in them, are PyTorch's own layers, without hooks and with their own forward. Pruned,
-    parametrised, quantised and wrapped layers, and adapters around a layer, act only when they are called.
-    """
-    return all(
-        type(part) in _READABLE and silent(part) and (not part._modules or readable(*part._modules.values()))
-        for part in parts
+def as_made(module: nn.Module) -> bool:
+    """Whether calling ``module`` is calling the forward of its class: it has no hooks and no forward of its own."""
+    own = module.__dict__
+    return not (
+        own["_forward_pre_hooks"]
+        or own["_forward_hooks"]
+        or own["_backward_pre_hooks"]
+        or own["_backward_hooks"]
+        or "forward" in own
     )
 
 
-def silent(*parts: nn.Module | None) -> bool:
-    """Whether nobody listens to ``parts`` when they are called: they have no hooks and the forward of their class."""
-    return not any(part is not None and _watched(part) for part in parts)
+def readable(*parts: nn.Module) -> bool:
+    """Whether a kernel may read the parameters of ``parts`` where it would otherwise call them.
 
-
-def _watched(part: nn.Module) -> bool:
-    forwards = part._forward_pre_hooks or part._forward_hooks or "forward" in part.__dict__
-    return bool(forwards or part._backward_pre_hooks or part._backward_hooks)
+    It may while they, and all in them, are PyTorch's own layers, without hooks, with their own forward and with plain
+    tensors. Pruned, parametrised, quantised and wrapped layers, and adapters around a layer, act only when they are
+    called.
+    """
+    for part in parts:
+        if type(part) not in _READABLE or not as_made(part):
+            return False
+        for x in part._parameters.values():
+            if hasattr(type(x), "__tensor_flatten__"):
+                return False
+        if part._modules and not readable(*part._modules.values()):
+            return False
+    return True
 
 
 def bias_from_table(table: Tensor, group: tuple[int, int]) -> Tensor:  # [(2Gh-1)(2Gw-1), heads]
-    """Swin's table as the operators take it, ``[heads, 2Gh-1, 2Gw-1]``.
-
-    A table of one row or one column is viewed, not transposed: the transpose of its gradient would have strides that
-    are not the table's, which DistributedDataParallel copies with a warning.
-    """
+    """Swin's table as the operators take it, ``[heads, 2Gh-1, 2Gw-1]``."""
     sizes = tuple(2 * g - 1 for g in group)
+    # The gradient of a transposed row or column has its strides exchanged: see `_SameStrides`.
     return table.view(-1, *sizes) if 1 in table.shape else table.t().unflatten(1, sizes)
+
+
+class _SameStrides(Function):
+    """Identity whose gradient has the strides of its input.
+
+    autograd itself takes any stride along a dimension of size 1. DistributedDataParallel does not: it warns, and copies
+    the gradient at every step.
+    """
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.strides = inputs[0].stride()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        if grad.stride() == ctx.strides:
+            return grad
+        return grad.new_empty_strided(grad.shape, ctx.strides).copy_(grad)
+
+
+def same_strides(weight: Tensor) -> Tensor:
+    """``weight``, with a gradient of its strides whatever the layout of the map that it is applied to."""
+    learns = torch.is_grad_enabled() and weight.requires_grad
+    return _SameStrides.apply(weight) if learns and 1 in weight.shape else weight
+
+
+class Conv2d(nn.Conv2d):
+    """PyTorch's convolution, with a gradient that has the strides of the weight on channels-last maps, too."""
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(x, same_strides(weight), bias)
 
 
 class AttentionLayer(nn.Module):
@@ -81,7 +123,7 @@ class AttentionLayer(nn.Module):
         return f"dim={self.dim}, heads={self.heads}"
 
 
-class LocalPosition(nn.Conv2d):
+class LocalPosition(Conv2d):
     """CSWin's locally-enhanced positional encoding (LePE): a depthwise 3 x 3 convolution of v, zeros around the map."""
 
     def __init__(self, dim: int):

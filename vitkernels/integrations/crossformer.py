@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from .._layer import bias_from_table, readable, silent
+from .._layer import bias_from_table, readable
 from ..partition import Partition
 from ..position_bias import dynamic_position_bias
 from .recipe import (
@@ -31,6 +31,7 @@ from .recipe import (
     packed,
     pair_of,
     random,
+    silent,
     takes_maps,
     times,
 )

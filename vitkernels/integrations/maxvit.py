@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .._layer import bias_from_table, silent
+from .._layer import bias_from_table
 from ..partition import Partition
 from .recipe import (
     Pair,
@@ -33,6 +33,7 @@ from .recipe import (
     packed,
     pair_of,
     random,
+    silent,
     takes_maps,
     times,
 )

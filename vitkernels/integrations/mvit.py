@@ -12,9 +12,9 @@ from typing import Optional
 
 from torch import Tensor, nn
 
-from .._layer import readable, silent
+from .._layer import readable, same_strides
 from ..pooled_attention import Pool, pool_qkv, pooled_attention
-from .recipe import Recipe, Unsuitable, channels, check_projections, expect, is_kind, packed, random
+from .recipe import Recipe, Unsuitable, channels, check_projections, expect, is_kind, packed, random, silent
 
 Parts = Sequence[tuple[Optional[nn.Module], Optional[nn.Module]]]  # pool and norm of q, of k and of v
 
@@ -25,7 +25,7 @@ def _pool(operation: nn.Module | None, norm: nn.Module | None) -> Pool | None:
     if isinstance(operation, (nn.MaxPool2d, nn.AvgPool2d)):
         mode = "max" if isinstance(operation, nn.MaxPool2d) else "avg"
         return Pool(kernel=operation.kernel_size, stride=operation.stride, padding=operation.padding, mode=mode)
-    return Pool(operation.weight, norm.weight, norm.bias, operation.stride, padding=operation.padding)
+    return Pool(same_strides(operation.weight), norm.weight, norm.bias, operation.stride, padding=operation.padding)
 
 
 # timm

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .._layer import silent
+from .._layer import as_made
 from ..partition import Partition
 from ..partition_attention import partition_attention_qkvpacked
 
@@ -112,6 +112,11 @@ def unusual(attn: nn.Module) -> str | None:
     parts = attn._modules
     names = (name for name, kinds in _STOOD_FOR.items() if name in parts and type(parts[name]) not in kinds)
     return next(names, None)
+
+
+def silent(*parts: nn.Module | None) -> bool:
+    """Whether nobody notices that ``parts`` are not called."""
+    return all(part is None or as_made(part) for part in parts)
 
 
 def _runs_on_a_map(attn: nn.Module) -> bool:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._layer import Conv2d, readable
 from ..partition_attention import LongShortDistanceAttention
 from ._blocks import Pyramid, Stage, TransformerBlock, drop_path_rates, nchw, nhwc, pad_to_multiple, per_stage
 
@@ -44,7 +45,7 @@ class CrossScaleEmbedding(nn.Module):
 
     def __init__(self, in_channels: int, dim: int, kernels: Sequence[int]):
         super().__init__()
-        self.projs = _scales(in_channels, dim, kernels, STRIDE)
+        self.kernels, self.projs = tuple(kernels), _scales(in_channels, dim, kernels, STRIDE)
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, images: Tensor) -> Tensor:  # [B, channels, H, W] -> [B, H / 4, W / 4, C]
@@ -53,9 +54,9 @@ class CrossScaleEmbedding(nn.Module):
         # a pixel a channel, they go from square to neighbour: the same products, which are slow on three channels.
         squares = F.pixel_unshuffle(F.pad(images, (STRIDE // 2,) * 4), STRIDE)
         maps = []
-        for proj in self.projs:
-            side = proj.kernel_size[0] // STRIDE  # squares
-            if proj.kernel_size[0] % (2 * STRIDE):
+        for kernel, proj in zip(self.kernels, self.projs):
+            side = kernel // STRIDE  # squares
+            if kernel % (2 * STRIDE) or not readable(proj):
                 maps.append(proj(images))
             else:
                 weight = F.pixel_unshuffle(proj.weight, STRIDE)
@@ -82,7 +83,7 @@ class Block(TransformerBlock):
     def __init__(self, attn: LongShortDistanceAttention, mlp_ratio: float, drop_path: float, cooling: bool):
         super().__init__(attn, mlp_ratio, drop_path)
         dim = attn.dim
-        self.ex_conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim) if cooling else None
+        self.ex_conv = Conv2d(dim, dim, 3, padding=1, groups=dim) if cooling else None
         self.ex_ln = nn.LayerNorm(dim) if cooling else None
 
     def forward(self, x: Tensor) -> Tensor:  # [B, H, W, C]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from .. import _checks
+from .._layer import readable, same_strides
 from .op import INDICES, RESIDUALS, pooled_attention
 from .pool import MODES, Pool, check_axes, check_thw, pool_qkv
 
@@ -19,7 +21,7 @@ class MultiScaleAttention(nn.Module):
     "MViTv2" (Li et al., CVPR 2022), section 4.1. Parameters are named as in SlowFast and timm (``qkv``, ``proj``,
     ``pool_q``, ``norm_q``, ``rel_pos_h`` ...); `rename` turns torchvision's names into these. Along an axis where
     neither kernel nor stride is above 1, nothing is pooled, and where that holds for all axes the pool and its norm are
-    left out.
+    left out. A pool or a norm that is pruned, parametrised, quantised, wrapped or hooked is called by PyTorch.
 
     Args:
         dim: channels of the input.
@@ -122,12 +124,27 @@ class MultiScaleAttention(nn.Module):
         return [2 * n - 1 for n in (*size[:-2], longest, longest)]
 
     def _pool(self, name: str, kernel: tuple[int, ...], stride: tuple[int, ...]) -> Pool | None:
-        if math.prod(kernel) * math.prod(stride) == 1:
+        """How the operator pools; None where it hands tokens on: nothing is pooled, or `_call` does it."""
+        if math.prod(kernel) * math.prod(stride) == 1 or self._is_called(name):
             return None
         if self.mode != "conv":
             return Pool(kernel=kernel, stride=stride, mode=self.mode)
         norm = getattr(self, f"norm_{name}")
-        return Pool(getattr(self, f"pool_{name}").weight, norm.weight, norm.bias, stride)
+        return Pool(same_strides(getattr(self, f"pool_{name}").weight), norm.weight, norm.bias, stride)
+
+    def _is_called(self, name: str) -> bool:
+        """Whether a pool and its norm are called, as the operator cannot read them."""
+        conv, norm = getattr(self, f"pool_{name}"), getattr(self, f"norm_{name}")
+        return conv is not None and not (readable(conv, norm) and conv.bias is None and norm.eps == self.eps)
+
+    def _call(self, name: str, x: Tensor, thw: tuple[int, ...]) -> tuple[Tensor, tuple[int, ...]]:
+        """A pool and its norm on tokens ``[B, N, heads, head_dim]``, by PyTorch."""
+        cls, x = x[:, : int(self.has_cls)], x[:, int(self.has_cls) :]
+        maps = x.permute(0, 2, 3, 1).flatten(0, 1).unflatten(2, thw)  # [B * heads, head_dim, *thw]
+        maps = getattr(self, f"pool_{name}")(maps)
+        pooled = maps.flatten(2).unflatten(0, (len(x), self.heads)).permute(0, 3, 1, 2)
+        out = getattr(self, f"norm_{name}")(torch.cat((cls, pooled.to(x.dtype)), 1))
+        return out.to(x.dtype), tuple(maps.shape[2:])
 
     def forward(self, x: Tensor, thw: Sequence[int]) -> tuple[Tensor, tuple[int, ...]]:
         _checks.check_tensor("x", x, "[B, N, C]")
@@ -139,7 +156,8 @@ class MultiScaleAttention(nn.Module):
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, self.head_dim))
         pools = (self._pool(*pool) for pool in self._pools())
         how = {"has_cls": self.has_cls, "backend": self.backend}
-        (q, q_thw), (k, k_thw), (v, _) = pool_qkv(qkv, *pools, thw=thw, eps=self.eps, **how)
+        parts = zip("qkv", pool_qkv(qkv, *pools, thw=thw, eps=self.eps, **how))
+        (q, q_thw), (k, k_thw), (v, _) = (self._call(name, *x) if self._is_called(name) else x for name, x in parts)
         tables = [getattr(self, f"rel_pos_{name}") for name in "thw"[-len(thw) :]]
         out = pooled_attention(
             q, k, v, q_thw=q_thw, k_thw=k_thw, rel_pos=tables, residual=self.residual, index=self.index, **how
