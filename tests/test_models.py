@@ -321,6 +321,25 @@ def test_features(family):
     assert torch.equal(maps[-1], last.movedim(-1, 1))
 
 
+@small
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
+@pytest.mark.parametrize("features_only", [False, True], ids=["classes", "features"])
+def test_an_empty_batch(family, features_only, training, backend):
+    """Empty results of the right sizes, gradients of zero, and buffers as they were but for the number of batches."""
+    model = build(family, features_only=features_only, drop_path=0.2).train(training)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers() if buffer.is_floating_point()}
+    out = model(images_for(family, 64, 96, batch=0))
+    if features_only:
+        time = (2,) if "video" in family else ()
+        assert [x.shape for x in out] == [(0, c, *time, 16 >> s, 24 >> s) for s, c in enumerate(model.channels)]
+    else:
+        assert out.shape == (0, 5)
+    sum(x.sum() for x in (out if features_only else [out])).backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+    buffers = dict(model.named_buffers())
+    assert all(buffers[name].isfinite().all() for name in before)
+
+
 @pytest.mark.parametrize("family", ["crossformer", "boat_cswin", "maxvit", "maxvit rw", "mvit_v2"])
 def test_without_a_classifier(family):
     model = build(family, num_classes=0).eval()
@@ -511,6 +530,33 @@ REFUSED: dict[str, tuple[Callable, type[Exception], str]] = {
     "classes": (lambda: create_model("maxvit_tiny", -1), ValueError, "num_classes must be at least 0"),
     "a style": (lambda: create_model("maxvit_tiny", style="jax"), ValueError, "one of tf, rw, torchvision, got 'jax'"),
     "stochastic depth": (lambda: build("boat_swin", drop_path=1.0), ValueError, "drop_path must be .* below 1"),
+    "merging by an odd kernel": (
+        lambda: build("crossformer", merge_size=((2, 3), (2, 4), (2, 4))),
+        ValueError,
+        r"kernels with stride 2 must be a sequence of 2, 4, 6 ... pixels, got \(2, 3\)",
+    ),
+    "no patches": (lambda: build("crossformer", patch_size=()), ValueError, "kernels with stride 4 must be a sequence"),
+    "patches without channels": (
+        lambda: build("crossformer", patch_size=(4,) * 6),
+        ValueError,
+        "16 channels are too few for 6 kernels",
+    ),
+    "two widths of three": (lambda: build("maxvit", stem_width=(1, 2, 3)), ValueError, "stem_width must be one int or"),
+    "a width that is no multiple of a head's": (
+        lambda: build("maxvit", embed_dim=48),
+        ValueError,
+        "embed_dim must be multiples of 32, the channels of a head, got 48",
+    ),
+    "hidden channels": (lambda: build("boat_swin", mlp_ratio=0), ValueError, "mlp_ratio must give .* got 0"),
+    "a rate in words": (lambda: build("mvit_v2", drop_path="much"), TypeError, "drop_path must be a number, got 'mu"),
+    "one frame": (lambda: build("mvit_v2 video", frames=1), ValueError, "frames at least 2, .* got 64 and 1"),
+    "an image of two pixels": (lambda: build("mvit_v2", image_size=2), ValueError, "image_size must be at least 4"),
+    "pretrained": (
+        lambda: create_model("mvit_v2_tiny", pretrained=True),
+        TypeError,
+        r"no argument pretrained; .*Nothing is downloaded: load_checkpoint\(model, path\) brings published weights",
+    ),
+    "weights": (lambda: create_model("maxvit_tiny", weights="DEFAULT"), TypeError, "load_checkpoint"),
     "stages": (lambda: build("crossformer", group_size=(7, 7)), ValueError, "group_size must be one value or one for"),
     "heads": (lambda: build("boat_cswin", heads=(2, 4)), ValueError, "heads must be one value or one for each"),
     "widths": (lambda: build("maxvit", embed_dim=(32, 64)), ValueError, "embed_dim must be one value or one for each"),
@@ -547,6 +593,31 @@ REFUSED: dict[str, tuple[Callable, type[Exception], str]] = {
         r"at least 4 x 4 pixels, the stride of the stem, got \[1, 3, 3, 32\]",
     ),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["crossformer", "boat_swin", "boat_cswin", "maxvit", "mvit_v2"])
+@pytest.mark.parametrize(
+    "name, value, error, message",
+    [
+        ("depths", (1, 1, 1, -1), ValueError, r"depths must be at least 1 in every stage, got \(1, 1, 1, -1\)"),
+        ("depths", (1, 0, 1, 1), ValueError, "depths must be at least 1 in every stage"),
+        ("depths", (1, 1, 2.0, 1), TypeError, "depths must be ints, one for each stage, got"),
+        ("depths", (1, True, 2, 1), TypeError, "depths must be ints, one for each stage, got"),
+        ("depths", 2, TypeError, "depths must be a sequence of ints, one for each stage, got 2"),
+        ("depths", (), TypeError, r"depths must be a sequence of ints, one for each stage, got \(\)"),
+        ("embed_dim", 0, ValueError, "embed_dim must be at least 1"),
+        ("embed_dim", -32, ValueError, "embed_dim must be at least 1"),
+        ("embed_dim", 32.0, TypeError, "embed_dim must be (an int|ints)"),
+        ("embed_dim", "32", TypeError, "embed_dim must be (an int|ints)"),
+        ("heads", 0, ValueError, "heads must be at least 1"),
+        ("heads", 2.0, TypeError, "heads must be (an int|ints)"),
+    ],
+)
+def test_refused_sizes(family, name, value, error, message):
+    if name == "heads" and family == "maxvit":
+        name, message = "stem_width", message.replace("heads", "stem_width")
+    with pytest.raises(error, match=message):
+        build(family, **{name: value})
 
 
 @pytest.mark.parametrize("what", REFUSED)

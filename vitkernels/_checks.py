@@ -89,6 +89,14 @@ def check_ints(**values: object) -> None:
             raise TypeError(f"{name} must be an int, got {shown(value)}")
 
 
+def check_sizes(**values: object) -> None:
+    """Sizes of a layer or a model, by name, are ints of at least 1."""
+    check_ints(**values)
+    for name, value in values.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+
+
 def check_scale(scale: object, head_dim: int) -> float:
     """``scale`` as a float; None is head_dim ** -0.5."""
     if head_dim == 0:

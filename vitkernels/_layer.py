@@ -93,10 +93,7 @@ class AttentionLayer(nn.Module):
 
     def __init__(self, dim: int, heads: int, *, qkv_bias: bool, scale: float | None, proj_drop: float):
         super().__init__()
-        _checks.check_ints(dim=dim, heads=heads)
-        for name, value in (("dim", dim), ("heads", heads)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        _checks.check_sizes(dim=dim, heads=heads)
         if dim % heads:
             raise ValueError(f"dim must be a multiple of heads, got dim {dim} and {heads} heads")
         self.dim, self.heads, self.scale = dim, heads, scale

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from .. import _checks
 from ..cluster_attention import FeatureSpaceAttention
 from ..partition_attention import CrossShapedWindowAttention, WindowAttention
-from ._blocks import Pyramid, Stage, TransformerBlock, drop_path_rates, nchw, nhwc, pad_to_multiple, per_stage
+from ._blocks import Pyramid, Stage, TransformerBlock, drop_path_rates, nchw, nhwc, pad_to_multiple, sizes_per_stage
 
 STRIDE = 4  # pixels between the tokens of the first stage
 
@@ -99,7 +100,9 @@ class BoatSwin(Pyramid):
         features_only: bool = False,
     ):
         super().__init__(num_classes, in_channels, features_only)
-        rates, heads = drop_path_rates(drop_path, depths), per_stage("heads", heads, len(depths))
+        _checks.check_sizes(embed_dim=embed_dim, window_size=window_size)
+        depths = sizes_per_stage("depths", depths)
+        rates, heads = drop_path_rates(drop_path, depths), sizes_per_stage("heads", heads, len(depths))
         self.channels = tuple(embed_dim << s for s in range(len(depths)))
         stages, last = [], len(depths) - 1
         for s, (dim, depth) in enumerate(zip(self.channels, depths)):
@@ -184,8 +187,10 @@ class BoatCSWin(Pyramid):
         features_only: bool = False,
     ):
         super().__init__(num_classes, in_channels, features_only)
-        rates, heads = drop_path_rates(drop_path, depths), per_stage("heads", heads, len(depths))
-        stripe_width = per_stage("stripe_width", stripe_width, len(depths))
+        _checks.check_sizes(embed_dim=embed_dim)
+        depths = sizes_per_stage("depths", depths)
+        rates, heads = drop_path_rates(drop_path, depths), sizes_per_stage("heads", heads, len(depths))
+        stripe_width = sizes_per_stage("stripe_width", stripe_width, len(depths))
         self.channels = tuple(embed_dim << s for s in range(len(depths)))
         stages, last = [], len(depths) - 1
         for s, (dim, depth) in enumerate(zip(self.channels, depths)):

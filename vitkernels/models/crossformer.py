@@ -13,9 +13,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import _checks
 from .._layer import Conv2d, readable
 from ..partition_attention import LongShortDistanceAttention
-from ._blocks import Pyramid, Stage, TransformerBlock, drop_path_rates, nchw, nhwc, pad_to_multiple, per_stage
+from ._blocks import (
+    Pyramid,
+    Stage,
+    TransformerBlock,
+    drop_path_rates,
+    nchw,
+    nhwc,
+    pad_to_multiple,
+    per_stage,
+    sizes_per_stage,
+)
 
 STRIDE = 4  # pixels between the tokens of the first stage
 
@@ -35,9 +46,22 @@ CONFIGS = {
 
 def _scales(dim: int, out: int, kernels: Sequence[int], stride: int) -> nn.ModuleList:
     """Convolutions around the same points: each takes half of the channels that are left, the last one all."""
+    sizes = kernels if isinstance(kernels, (tuple, list)) else ()
+    if not sizes or any(not isinstance(k, int) or k < stride or (k - stride) % 2 for k in sizes):
+        raise ValueError(
+            f"kernels with stride {stride} must be a sequence of {stride}, {stride + 2}, {stride + 4} ... pixels, got "
+            f"{_checks.shown(kernels)} (patch_size or merge_size)"
+        )
+    if not out >> (len(kernels) - 1):
+        raise ValueError(f"{out} channels are too few for {len(kernels)} kernels, of which each takes half of the rest")
     shares = [out >> (i + 1) for i in range(len(kernels) - 1)]
     shares.append(out - sum(shares))
     return nn.ModuleList(nn.Conv2d(dim, n, k, stride, (k - stride) // 2) for n, k in zip(shares, kernels))
+
+
+def _squares(x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, C * 16, H / 4, W / 4]
+    """`F.pixel_unshuffle`, which leaves an empty batch as it is."""
+    return x.unflatten(3, (-1, STRIDE)).unflatten(2, (-1, STRIDE)).permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
 
 
 class CrossScaleEmbedding(nn.Module):
@@ -52,15 +76,14 @@ class CrossScaleEmbedding(nn.Module):
         images = pad_to_multiple(images, STRIDE)
         # Kernels of 8, 16 and 32 pixels begin and end 2 pixels off the patches. On squares of 4 x 4 pixels that lie so,
         # a pixel a channel, they go from square to neighbour: the same products, which are slow on three channels.
-        squares = F.pixel_unshuffle(F.pad(images, (STRIDE // 2,) * 4), STRIDE)
+        squares = _squares(F.pad(images, (STRIDE // 2,) * 4))
         maps = []
         for kernel, proj in zip(self.kernels, self.projs):
             side = kernel // STRIDE  # squares
             if kernel % (2 * STRIDE) or not readable(proj):
                 maps.append(proj(images))
             else:
-                weight = F.pixel_unshuffle(proj.weight, STRIDE)
-                maps.append(F.conv2d(squares, weight, proj.bias, padding=side // 2 - 1))
+                maps.append(F.conv2d(squares, _squares(proj.weight), proj.bias, padding=side // 2 - 1))
         return self.norm(nhwc(torch.cat(maps, 1)))
 
 
@@ -138,11 +161,13 @@ class CrossFormer(Pyramid):
         super().__init__(num_classes, in_channels, features_only)
         if long_distance not in ("long", "grid", "interval"):
             raise ValueError(f"long_distance must be 'long', 'grid' or 'interval', got {long_distance!r}")
-        if len(merge_size) < len(depths) - 1:
+        _checks.check_sizes(embed_dim=embed_dim)
+        depths = sizes_per_stage("depths", depths)
+        if not isinstance(merge_size, (tuple, list)) or len(merge_size) < len(depths) - 1:
             raise ValueError(f"merge_size must have kernels for each of {len(depths) - 1} steps, got {merge_size!r}")
-        rates = drop_path_rates(drop_path, depths)
-        values = {"heads": heads, "group_size": group_size, "interval": interval, "mlp_ratio": mlp_ratio}
-        heads, groups, intervals, ratios = (per_stage(name, value, len(depths)) for name, value in values.items())
+        rates, ratios = drop_path_rates(drop_path, depths), per_stage("mlp_ratio", mlp_ratio, len(depths))
+        values = {"heads": heads, "group_size": group_size, "interval": interval}
+        heads, groups, intervals = (sizes_per_stage(name, value, len(depths)) for name, value in values.items())
         self.channels = tuple(embed_dim << s for s in range(len(depths)))
         stages = []
         for s, (dim, depth) in enumerate(zip(self.channels, depths)):

@@ -16,7 +16,17 @@ from torch import Tensor, nn
 
 from .._layer import Conv2d
 from ..partition_attention import MaxSA
-from ._blocks import DropPath, Pyramid, Stage, TransformerBlock, drop_path_rates, initialise, nchw, nhwc, per_stage
+from ._blocks import (
+    DropPath,
+    Pyramid,
+    Stage,
+    TransformerBlock,
+    drop_path_rates,
+    initialise,
+    nchw,
+    nhwc,
+    sizes_per_stage,
+)
 
 HEAD_DIM = 32
 
@@ -197,9 +207,13 @@ class MaxViT(Pyramid):
         if style not in STYLES:
             raise ValueError(f"style must be one of {', '.join(STYLES)}, got {style!r}")
         self.style, how = style, STYLES[style]
-        stem = per_stage("stem_width", stem_width, 2)
+        if isinstance(stem_width, (tuple, list)) and len(stem_width) != 2:
+            raise ValueError(f"stem_width must be one int or one for each of the 2 convolutions, got {stem_width!r}")
+        stem, depths = sizes_per_stage("stem_width", stem_width, 2), sizes_per_stage("depths", depths)
         rates = drop_path_rates(drop_path, depths)
-        self.channels = per_stage("embed_dim", embed_dim, len(depths))
+        self.channels = sizes_per_stage("embed_dim", embed_dim, len(depths))
+        if any(dim % HEAD_DIM for dim in self.channels):
+            raise ValueError(f"embed_dim must be multiples of {HEAD_DIM}, the channels of a head, got {embed_dim!r}")
         self.stem, self.stages = Stem(in_channels, *stem, how), nn.ModuleList()
         dim = stem[1]
         for out, depth in zip(self.channels, depths):

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import _checks
 from ..pooled_attention import MultiScaleAttention, pool_tokens
-from ._blocks import DropPath, Mlp, Model, drop_path_rates, initialise
+from ._blocks import DropPath, Mlp, Model, drop_path_rates, initialise, sizes_per_stage
 
 _V1 = {"kv_stride": 8, "has_cls": True, "abs_pos": True, "expand_in": "mlp", "dropout": 0.5, "num_classes": 400}
 _V2 = {"rel_pos": True, "residual": "all_but_cls", "pool_every_q": True}
@@ -140,9 +141,17 @@ class MViT(Model):
         if expand_in not in ("attn", "mlp"):
             raise ValueError(f"expand_in must be 'attn' or 'mlp', got {expand_in!r}")
         video = frames is not None
+        chosen = {name: value for name, value in (("frames", frames), ("kernel", kernel)) if value is not None}
+        _checks.check_sizes(embed_dim=embed_dim, heads=heads, image_size=image_size, kv_stride=kv_stride, **chosen)
+        if image_size < self.min_size or (video and frames < 2):
+            raise ValueError(
+                f"image_size must be at least {self.min_size} and frames at least 2, the strides of the patches, "
+                f"got {image_size} and {frames}"
+            )
+        depths = sizes_per_stage("depths", depths)
         if video:
             self.layout = "[B, channels, T, H, W]"
-        self.depths, self.has_cls = tuple(depths), has_cls
+        self.depths, self.has_cls = depths, has_cls
         self.patch_embed = PatchEmbedding(in_channels, embed_dim, video)
         size = (*((frames // 2,) if video else ()), image_size // 4, image_size // 4)  # tokens
         self.size = size

@@ -73,10 +73,7 @@ class MultiScaleAttention(nn.Module):
         eps: float = 1e-6,
     ):
         super().__init__()
-        _checks.check_ints(dim=dim, dim_out=dim_out, heads=heads)
-        for name, value in (("dim", dim), ("dim_out", dim_out), ("heads", heads)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        _checks.check_sizes(dim=dim, dim_out=dim_out, heads=heads)
         if dim_out % heads:
             raise ValueError(f"dim_out must be a multiple of heads, got dim_out {dim_out} and {heads} heads")
         for name, value, known in (("mode", mode, MODES), ("residual", residual, RESIDUALS), ("index", index, INDICES)):

@@ -110,7 +110,7 @@ class DynamicPositionBias(nn.Module):
         return table.float() if table.dtype in _HALVES else table
 
     def constant(self) -> bool:
-        """Whether the table may be kept: parts that are read, eval mode, no gradient wanted, no graph being captured."""
+        """Whether the table may be kept: parts that are read, eval mode, no gradient wanted, no graph capture."""
         if self.training or torch.compiler.is_compiling() or not self._readable_parts():
             return False
         if self.pos_proj.weight.is_cuda and torch.cuda.is_current_stream_capturing():
