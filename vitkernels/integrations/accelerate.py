@@ -91,7 +91,7 @@ def run(function: Callable, module: nn.Module, method: str, *args, **kwargs) -> 
 
 
 class Method(partial):
-    """`run` in place of a method of a module; it has the method's signature and docstring."""
+    """`run` in place of a method of a module, with the signature and the docstring of the method."""
 
     @property
     def _method(self) -> Callable:
@@ -129,7 +129,7 @@ def _unbind(part: nn.Module, method: str) -> None:
 
 
 def _give_back(module: nn.Module, recipe: Recipe) -> None:
-    """Its own methods, to a module that was served until it was changed."""
+    """Give a module its own methods back: it was accelerated before it was changed."""
     for path in recipe.methods:
         part, _, method = path.rpartition(".")
         with suppress(AttributeError):  # it has no such part

@@ -46,7 +46,7 @@ def _attention(attn: nn.Module, x: Tensor, partition: Partition) -> Tensor:  # [
 
 
 def _bias(pos: nn.Module, group: Pair, x: Tensor) -> Tensor:  # [heads, 2Gh-1, 2Gw-1]
-    """From the weights of the position MLP; where it may not be read, it is called on all offsets."""
+    """Table from the weights of the position MLP, or from a call of the MLP where its weights may not be read."""
     if silent(pos) and readable(pos.pos_proj, pos.pos1, pos.pos2, pos.pos3):
         return dynamic_position_bias(_weights(pos), group, residual=pos.residual)
     return bias_from_table(pos(_offsets(group, x)), group)

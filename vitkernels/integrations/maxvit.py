@@ -122,7 +122,7 @@ def _check_timm_attention(attn: nn.Module, size: Pair) -> None:
 
 
 def _check_lookup(rel_pos: nn.Module, name: str, length: int) -> None:
-    """The one-hot rows that address the table from key to query, along one axis."""
+    """Raise `Unsuitable` unless its one-hot rows address the table by key minus query along one axis."""
     lookup = getattr(rel_pos, name)
     place = torch.arange(length, device=lookup.device)
     one = place - place[:, None] + length - 1  # [query, key]

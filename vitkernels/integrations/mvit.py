@@ -131,7 +131,7 @@ def _check_torchvision(attn: nn.Module) -> str:
 
 
 def _torchvision_parts(attn: nn.Module) -> Parts | None:
-    """Pools and norms; None where one of its `Pool` modules does something else than the two, or is watched."""
+    """Pools and norms, or None if one of its `Pool` modules does something else than these two, or has hooks."""
     parts = []
     for pool in (attn.pool_q, attn.pool_k, attn.pool_v):
         if pool is None:
@@ -159,7 +159,7 @@ _OTHERWISE = "it pools otherwise than the published models"
 
 
 def _misfit(parts: Parts, head_dim: int, axes: int) -> str | None:
-    """Why pools and norms cannot be read where the published forward calls them, or None."""
+    """Reason why pools and norms cannot be read where the published forward calls them, or None."""
     reasons = (_misfit_of(operation, norm, head_dim, axes) for operation, norm in parts)
     reason = next((reason for reason in reasons if reason), None)
     eps = sorted({norm.eps for _, norm in parts if norm is not None}) if reason is None else []
@@ -203,7 +203,7 @@ def _check_parts(parts: Parts, head_dim: int, axes: int) -> None:
 
 
 def _eps(parts: Parts) -> float:
-    """That of the norms, which agree."""
+    """Epsilon of the norms, which agree."""
     return next((norm.eps for _, norm in parts if norm is not None), 1e-6)
 
 

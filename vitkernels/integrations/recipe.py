@@ -89,28 +89,28 @@ def on_a_map(forward: Callable) -> Callable:
 
 # PyTorch's wrappers that hand their arguments on: where each keeps what it wraps.
 _WRAPPED = ("_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_orig_mod")
-# Parts of an attention module that a kernel stands for, and the classes that it stands for.
-_STOOD_FOR = {"softmax": (nn.Softmax,), "attn_drop": (nn.Dropout, nn.Identity)}
+# Parts of an attention module that a kernel replaces, and the classes that it can replace.
+_REPLACED = {"softmax": (nn.Softmax,), "attn_drop": (nn.Dropout, nn.Identity)}
 
 
 def takes_maps(attn: nn.Module) -> bool:
     """Whether ``attn``, called with a map and a `Partition`, computes what its own forward does group by group.
 
     It does while it, or the module in a wrapper of PyTorch's, runs a function of `on_a_map`, drops no attention weights
-    and has no hooks on the parts that the kernel stands for. Else a block has to run its own method.
+    and has no hooks on the parts that the kernel replaces. Else a block has to run its own method.
     """
     while not _runs_on_a_map(attn):
         attn = next((attn._modules[name] for name in _WRAPPED if name in attn._modules), None)
         if attn is None:
             return False
     parts = attn._modules
-    return not drops(attn) and not unusual(attn) and silent(*(parts.get(name) for name in (*_STOOD_FOR, "rel_pos")))
+    return not drops(attn) and not unusual(attn) and silent(*(parts.get(name) for name in (*_REPLACED, "rel_pos")))
 
 
 def unusual(attn: nn.Module) -> str | None:
-    """The part of an attention module that no kernel stands for, if it has one."""
+    """Name of a part of an attention module that no kernel can replace, if there is one."""
     parts = attn._modules
-    names = (name for name, kinds in _STOOD_FOR.items() if name in parts and type(parts[name]) not in kinds)
+    names = (name for name, kinds in _REPLACED.items() if name in parts and type(parts[name]) not in kinds)
     return next(names, None)
 
 
@@ -166,7 +166,7 @@ def expect_shape(table: Tensor, expected: tuple[int, ...]) -> None:
 
 
 def expect_values(name: str, buffer: Tensor | None, expected: Tensor | None, of: str) -> None:
-    """``buffer`` is what its formula says; one without values, on the meta device, is taken to be."""
+    """Raise `Unsuitable` unless ``buffer`` has the values of its formula. A meta tensor has no values and passes."""
     if buffer is None or expected is None:
         return expect(buffer is expected, f"its {name} is {'missing' if buffer is None else 'set'}, unlike {of}")
     if known(buffer):
@@ -175,7 +175,7 @@ def expect_values(name: str, buffer: Tensor | None, expected: Tensor | None, of:
 
 
 def check_index(part: nn.Module, group: Pair) -> None:
-    """Its table of relative positions, of which every pair of tokens takes a row, is addressed by query minus key."""
+    """Raise `Unsuitable` unless pairs of tokens take the row of their offset, query minus key, from its table."""
     index = getattr(part, "relative_position_index", None)
     if index is None:
         return
@@ -203,7 +203,7 @@ def check_kind(part: object, *names: str) -> None:
 
 
 def check_methods(part: nn.Module, besides: tuple[str, ...] = ("forward",)) -> None:
-    """None of its methods, which those that are replaced may call, is another on the instance."""
+    """Raise `Unsuitable` if the instance overrides a method of its class, which replaced methods may call."""
     for name in vars(part).keys() - set(besides):
         own = getattr(type(part), name, None)
         theirs = inspect.isfunction(own) and not own.__module__.startswith("torch.nn.")
@@ -226,7 +226,7 @@ def pair_of(value: object, name: str) -> Pair:
 
 
 def check_int(value: object, name: str) -> None:
-    """``value`` is one int for both axes, as files of one class of maps have it."""
+    """Raise `Unsuitable` unless ``value`` is one int, which published files have for both axes."""
     axes = len(value) if isinstance(value, (tuple, list)) else 0
     more = f", and no kernel here is for windows of {axes} axes" if axes > 2 else ""
     expect(isinstance(value, int), f"its {name} is {value!r} where the published class has an int{more}")
@@ -260,7 +260,7 @@ _COMPARED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def is_shift_mask(mask: object, partition: Partition, height: int, width: int) -> bool:
-    """Whether ``mask`` is known to be `shift_mask`. One that all blocks of a stage share is compared once."""
+    """Whether ``mask`` is known to equal `shift_mask`. A mask that all blocks of a stage share is compared once."""
     if not isinstance(mask, Tensor) or not known(mask) or not mask.is_floating_point() or mask.requires_grad:
         return False
     # changes of inference tensors leave no trace: those are compared at every call

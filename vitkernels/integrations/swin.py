@@ -72,8 +72,10 @@ def _cosine(attn: nn.Module, qkv: Tensor, partition: Partition) -> Tensor:  # [B
 
 
 def _unit(x: Tensor) -> Tensor:
-    """``x`` by its norm. Keys of padded tokens are zero: half types need float32 there for the norm's epsilon, 1e-12,
-    and zero as the gradient, which would be 1 / epsilon.
+    """Unit vectors along the last axis; zero vectors stay zero.
+
+    Keys of padded tokens are zero. The epsilon of the norm, 1e-12, is zero in float16, and the gradient at a zero
+    vector, 1 / epsilon, is infinite there. So half types are normalised in float32, and zero vectors get no gradient.
     """
     if x.dtype in (torch.float16, torch.bfloat16):
         x = x.float()
@@ -110,8 +112,8 @@ def _timm_attn(block: nn.Module, x: Tensor) -> Tensor | None:  # [B, H, W, C]
 
 
 def _own_mask(block: nn.Module, padded: Pair) -> bool:
-    """Whether the mask of the shift that timm's block uses is one for this map: it is stored for maps of one size,
-    unless the block makes it at every call.
+    """Whether timm's block has the mask of the shift for this map: it makes it at every call, or stores it for maps of
+    one size.
     """
     return not any(block.shift_size) or getattr(block, "dynamic_mask", False) or padded == _padded_resolution(block)
 
@@ -122,7 +124,7 @@ def _padded_resolution(block: nn.Module) -> Pair:
 
 
 def _torchvision_attention(attn: nn.Module, x: Tensor) -> Tensor | None:  # [B, H, W, C]
-    """The parameters of both projections are read, as torchvision does: it calls neither."""
+    """Read the parameters of both projections, as torchvision does: it calls neither."""
     if drops(attn):
         return None
     window = tuple(attn.window_size)
@@ -149,8 +151,8 @@ def _torchvision_cosine(attn: nn.Module, x: Tensor, partition: Partition) -> Ten
 
 
 def _microsoft_block(block: nn.Module, x: Tensor, *masks: object, **others: object) -> Tensor | None:  # [B, H W, C]
-    """Of the classification code, which does not pad, and of the detection code, whose stages set the map's size and
-    give the mask of the shift. With another mask the block runs as before; one without a shift ignores its mask.
+    """Block of the classification code, which does not pad, or of the detection code, whose stages set the size of the
+    map and hand in the mask of the shift. With another mask it runs as before. Without a shift it ignores the mask.
     """
     padding = hasattr(block, "H")
     height, width = (block.H, block.W) if padding else block.input_resolution
@@ -202,7 +204,7 @@ def _check(module: nn.Module, attention: str = "attn", kind: str = "WindowAttent
 
 
 def _check_mask(block: nn.Module) -> None:
-    """The mask that the block stores, for maps of one size, is that of its shift."""
+    """Raise `Unsuitable` unless the mask that a block stores, for maps of one size, is that of its shift."""
     window, shift = pair_of(block.window_size, "window_size"), pair_of(block.shift_size, "shift_size")
     mask = block.attn_mask
     expected = None
