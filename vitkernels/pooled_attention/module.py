@@ -37,8 +37,9 @@ class MultiScaleAttention(nn.Module):
             along time.
         residual: whether the pooled queries are added to the output: "none", "all" (timm), "all_but_cls" (SlowFast,
             torchvision).
-        index: how a relative distance is rounded, as in `pooled_attention`; weights of SlowFast, timm and torchvision
-            give the published numbers with "exact" on maps whose strides divide them.
+        index: how a relative distance is rounded where the strides do not divide the map, as in `pooled_attention`:
+            weights of SlowFast and timm give their numbers with "slowfast", torchvision's with "torchvision". Where
+            they divide, all rules are one.
         qkv_bias: whether the fused projection has a bias.
         proj_drop: dropout after the output projection.
         eps: of the norms.
