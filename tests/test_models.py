@@ -412,12 +412,16 @@ def test_trains(family):
 
 @small
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels last"])
-def test_gradients_are_strided_as_their_parameters(family, channels_last, backend):
+@pytest.mark.parametrize("last_images", [False, True], ids=["contiguous images", "channels-last images"])
+def test_gradients_are_strided_as_their_parameters(family, last_images, channels_last, backend):
     """On images of one channel, with a classifier of one class. DistributedDataParallel warns of other strides."""
     model = build(family, in_channels=1, num_classes=1)
     if channels_last:
         model.to(memory_format=torch.channels_last_3d if "video" in family else torch.channels_last)
-    model(images_for(family, 32, 32)[:, :1]).square().sum().backward()
+    images = images_for(family, 32, 32)[:, :1]
+    if last_images:  # of one channel: the strides alone say so
+        images = images.movedim(1, -1).contiguous().movedim(-1, 1)
+    model(images).square().sum().backward()
     strides = {name: (p.stride(), p.grad.stride()) for name, p in model.named_parameters()}
     assert {name: pair for name, pair in strides.items() if pair[0] != pair[1]} == {}
 

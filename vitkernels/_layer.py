@@ -77,10 +77,20 @@ def same_strides(weight: Tensor) -> Tensor:
 
 
 class Conv2d(nn.Conv2d):
-    """PyTorch's convolution, with a gradient that has the strides of the weight on channels-last maps, too."""
+    """PyTorch's convolution, with a gradient that has the strides of the weight whatever the layout of the map."""
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return super()._conv_forward(x, same_strides(weight), bias)
+
+
+class Conv3d(nn.Conv3d):
+    """`Conv2d` for videos."""
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(x, same_strides(weight), bias)
+
+
+_READABLE |= {Conv2d, Conv3d}
 
 
 class AttentionLayer(nn.Module):

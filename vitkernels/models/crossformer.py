@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _checks
-from .._layer import Conv2d, readable
+from .._layer import Conv2d, readable, same_strides
 from ..partition_attention import LongShortDistanceAttention
 from ._blocks import (
     Pyramid,
@@ -56,7 +56,7 @@ def _scales(dim: int, out: int, kernels: Sequence[int], stride: int) -> nn.Modul
         raise ValueError(f"{out} channels are too few for {len(kernels)} kernels, of which each takes half of the rest")
     shares = [out >> (i + 1) for i in range(len(kernels) - 1)]
     shares.append(out - sum(shares))
-    return nn.ModuleList(nn.Conv2d(dim, n, k, stride, (k - stride) // 2) for n, k in zip(shares, kernels))
+    return nn.ModuleList(Conv2d(dim, n, k, stride, (k - stride) // 2) for n, k in zip(shares, kernels))
 
 
 def _squares(x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, C * 16, H / 4, W / 4]
@@ -83,7 +83,7 @@ class CrossScaleEmbedding(nn.Module):
             if kernel % (2 * STRIDE) or not readable(proj):
                 maps.append(proj(images))
             else:
-                maps.append(F.conv2d(squares, _squares(proj.weight), proj.bias, padding=side // 2 - 1))
+                maps.append(F.conv2d(squares, _squares(same_strides(proj.weight)), proj.bias, padding=side // 2 - 1))
         return self.norm(nhwc(torch.cat(maps, 1)))
 
 

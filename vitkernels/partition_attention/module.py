@@ -23,8 +23,8 @@ class LongShortDistanceAttention(AttentionLayer):
     Maps of any size: places that padding would fill are masked as keys, which equals the official pad-and-mask.
 
     A map that is no longer than a group along one axis is small. Its groups are squares of neighbouring tokens, whose
-    side the official codes choose differently: see ``small_map``. It is chosen at every call. The official option to pad
-    a map on all sides (``pad_type=1``) is not offered: the kernels mask places below the map and to its right.
+    side the official codes choose differently: see ``small_map``. It is chosen at every call. The official option to
+    pad a map on all sides (``pad_type=1``) is not offered: the kernels mask places below the map and to its right.
 
     Args:
         dim: channels C.

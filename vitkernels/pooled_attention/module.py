@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _checks
-from .._layer import readable, same_strides
+from .._layer import Conv2d, Conv3d, readable, same_strides
 from .op import INDICES, RESIDUALS, pooled_attention
 from .pool import MODES, Pool, check_axes, check_thw, pool_qkv
 
@@ -111,7 +111,7 @@ class MultiScaleAttention(nn.Module):
         return ("q", self.kernel_q, self.stride_q), ("k", *keys), ("v", *keys)
 
     def _convolution(self, kernel: tuple[int, ...], stride: tuple[int, ...]) -> nn.Module:
-        kind = nn.Conv2d if len(kernel) == 2 else nn.Conv3d
+        kind = Conv2d if len(kernel) == 2 else Conv3d
         padding = tuple(k // 2 for k in kernel)
         return kind(self.head_dim, self.head_dim, kernel, stride, padding, groups=self.head_dim, bias=False)
 
