@@ -449,3 +449,13 @@ def test_half_precision_entries_and_counters_are_converted(tmp_path):
     load_checkpoint(ours, tmp_path / "weights.pth")
     for name, value in ours.state_dict().items():
         assert torch.equal(value, state[name].to(value.dtype)), name
+
+
+def test_tables_that_were_kept_are_made_anew(tmp_path):
+    theirs, ours = build("crossformer_pp_small", 1).eval(), build("crossformer_pp_small", 2).eval()
+    torch.save(same(theirs), tmp_path / "weights.pth")
+    images = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        ours(images)
+        load_checkpoint(ours, tmp_path / "weights.pth")
+        assert torch.equal(ours(images), theirs(images))

@@ -34,7 +34,7 @@ def readable(*parts: nn.Module) -> bool:
         if type(part) not in _READABLE or not as_made(part):
             return False
         for x in part._parameters.values():
-            if hasattr(type(x), "__tensor_flatten__"):
+            if type(x) is not nn.Parameter and hasattr(type(x), "__tensor_flatten__"):
                 return False
         if part._modules and not readable(*part._modules.values()):
             return False
@@ -54,6 +54,8 @@ class _SameStrides(Function):
     autograd itself takes any stride along a dimension of size 1. DistributedDataParallel does not: it warns, and copies
     the gradient at every step.
     """
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor) -> Tensor:
