@@ -173,6 +173,53 @@ def test_equals_other_libraries_but_for_ties(twin, torchvision, tmp_path, monkey
     assert_alike(ours, theirs, size, torch.float64, 1e-9)
 
 
+def timm_of_two_stages(torchvision, monkeypatch) -> tuple[nn.Module, dict]:
+    """It interpolates no tables: with more stages no image that it takes has strides that do not divide."""
+    module = pytest.importorskip("timm.models.mvitv2")
+    config = module.MultiScaleVitCfg(depths=(1, 2), embed_dim=24, num_heads=1)
+    return module.MultiScaleVit(config, img_size=312, num_classes=5), {"embed_dim": 24, "depths": (1, 2)}
+
+
+def torchvision_of_312(torchvision, monkeypatch) -> tuple[nn.Module, dict]:
+    module, sizes = torchvision.models.video.mvit, {"spatial_size": (312, 312), "temporal_size": 4}
+    made = module._mvit
+    monkeypatch.setattr(module, "_mvit", lambda **options: made(**{**options, **sizes}))
+    return module.mvit_v2_s(num_classes=5), {"frames": 4}
+
+
+@pytest.mark.parametrize(
+    "twin, make, index, other",
+    [
+        ("timm mvitv2_tiny", timm_of_two_stages, "slowfast", "exact"),
+        ("torchvision mvit_v2_s", torchvision_of_312, "torchvision", "slowfast"),
+    ],
+    ids=["timm", "torchvision"],
+)
+def test_a_size_whose_strides_do_not_divide(twin, make, index, other, torchvision, tmp_path, monkeypatch):
+    """312 x 312 has 78, 39, 20 and 10 tokens along a side: the author's rounding of distances gives his numbers."""
+    theirs, options = make(torchvision, monkeypatch)
+    ours = load(theirs, twin, tmp_path / "weights.pth", image_size=312, num_classes=5, **options)
+    assert ours.index == index
+    images = torch.randn(1, 3, *((4,) if "frames" in options else ()), 312, 312)
+    with torch.no_grad():
+        expected = theirs(images)
+        assert relative(ours(images), expected) < 3e-6
+        ours.index = other
+        assert relative(ours(images), expected) > 3e-5
+
+
+def test_the_rule_of_relative_distances_is_an_argument_and_an_attribute():
+    assert {create_model(name).index for name in ("mvit_v2_tiny", "mvit_v2_small_16x4")} == {"slowfast"}
+    model = create_model("mvit_v2_tiny", index="torchvision", depths=(1, 1, 1, 1))
+    assert {block.attn.index for block in model.blocks} == {"torchvision"}
+    model.index = "exact"
+    assert {model.index, *(block.attn.index for block in model.blocks)} == {"exact"}
+    with pytest.raises(ValueError, match="index must be one of exact, slowfast, torchvision, got 'timm'"):
+        model.index = "timm"
+    with pytest.raises(ValueError, match="index must be one of"):
+        create_model("mvit_v2_tiny", index="timm")
+
+
 def uniform(count: int, stream: int) -> np.ndarray:
     """The golden vectors' generated weights, in [-1, 1): SplitMix64 of a counter."""
     z = np.arange(1, count + 1, dtype=np.uint64) + np.uint64(stream << 32)
@@ -365,12 +412,16 @@ def test_trains(family):
 
 @small
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels last"])
-def test_gradients_are_strided_as_their_parameters(family, channels_last, backend):
+@pytest.mark.parametrize("last_images", [False, True], ids=["contiguous images", "channels-last images"])
+def test_gradients_are_strided_as_their_parameters(family, last_images, channels_last, backend):
     """On images of one channel, with a classifier of one class. DistributedDataParallel warns of other strides."""
     model = build(family, in_channels=1, num_classes=1)
     if channels_last:
         model.to(memory_format=torch.channels_last_3d if "video" in family else torch.channels_last)
-    model(images_for(family, 32, 32)[:, :1]).square().sum().backward()
+    images = images_for(family, 32, 32)[:, :1]
+    if last_images:  # of one channel: the strides alone say so
+        images = images.movedim(1, -1).contiguous().movedim(-1, 1)
+    model(images).square().sum().backward()
     strides = {name: (p.stride(), p.grad.stride()) for name, p in model.named_parameters()}
     assert {name: pair for name, pair in strides.items() if pair[0] != pair[1]} == {}
 

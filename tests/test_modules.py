@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 
+import published
 import pytest
 import torch
 import torch._dynamo.testing
@@ -42,6 +43,90 @@ def test_golden_crossformer_block(name, golden):
     layer = LongShortDistanceAttention(dim, int(config["heads"]), group, interval)
     block = Block(layer, data["sd.mlp.fc1.bias"].numel() / dim, 0.0, "sd.ex_ln.bias" in data)
     assert_golden(block, (height, width), meta, data)
+
+
+def codes(group: int, interval: int) -> dict[str, tuple]:
+    """A long-distance block of each official code, and the layer that computes it: without its map where it has one."""
+    square = {"small_map": "shorter", "small_size": group}
+    return {
+        "first detection": (published.FirstDetection, (None, interval), square),
+        "current detection": (published.PlusPlus, (group, interval), {}),
+        "classification": (published.PlusPlus, (group, interval), square),
+    }
+
+
+@pytest.mark.parametrize("code", codes(7, 2))
+@pytest.mark.parametrize("size", [(4, 7), (7, 11), (11, 7), (3, 30), (7, 7), (1, 1), (9, 8), (17, 22)])
+def test_maps_smaller_than_a_group(code, size):
+    """Against each code in plain PyTorch: the output and the gradients of the map and of the position MLP."""
+    kind, sizes, options = codes(7, 2)[code]
+    torch.manual_seed(0)
+    theirs = kind.CrossFormerBlock(32, 2, 7, 1, interval=2).double()
+    block = Block(LongShortDistanceAttention(32, 2, *sizes, **options), 2.0, 0.0, False).double()
+    block.load_state_dict(theirs.state_dict())
+    height, width = size
+    x = torch.randn(2, height, width, 32, dtype=torch.float64, requires_grad=True)
+    y = x.detach().flatten(1, 2).requires_grad_()
+    if code == "classification" and min(size) <= 7:  # decided once, for the resolution of the images
+        theirs.lsda_flag, theirs.group_size = 0, min(size)
+        expected = theirs._run(y, height, width, (min(size),) * 2, (1, 1))
+    else:
+        expected = theirs(y, height, width)
+    out = block(x)
+    torch.testing.assert_close(out.flatten(1, 2), expected)
+    for loss in (out.sin().sum(), expected.sin().sum()):
+        loss.backward()
+    torch.testing.assert_close(x.grad.flatten(1, 2), y.grad)
+    parameters = dict(theirs.named_parameters())
+    for name, p in block.named_parameters():
+        torch.testing.assert_close(p.grad, parameters[name].grad)
+
+
+@pytest.mark.parametrize("small_map", ["longer", "shorter"])
+@pytest.mark.parametrize("size", [(15, 9), (4, 10), (14, 14)])
+def test_padding_that_is_attended_to(small_map, size):
+    """``no_mask``: the zeros that fill the map are projected, so that they weigh by the bias of the projection."""
+    torch.manual_seed(0)
+    theirs = published.PlusPlus.CrossFormerBlock(32, 2, 7, 1, interval=2).double()
+    attn = theirs.attn
+    attn.forward = lambda x, height, width, mask=None: type(attn).forward(attn, x, height, width)
+    layer = LongShortDistanceAttention(32, 2, 7, 2, small_map=small_map, padding="attended").double()
+    layer.load_state_dict(attn.state_dict())
+    x = torch.randn(2, *size, 32, dtype=torch.float64)
+    small = (max(size) if small_map == "longer" else min(size),) * 2
+    expected = theirs._attend(x, *((small, (1, 1)) if min(size) <= 7 else ((7, 7), (2, 2))))
+    torch.testing.assert_close(layer(x), expected)
+    masked = LongShortDistanceAttention(32, 2, 7, 2, small_map=small_map).double()
+    masked.load_state_dict(layer.state_dict())
+    assert torch.allclose(masked(x), expected) == (size == (14, 14))
+
+
+def test_a_model_follows_the_code_that_it_names():
+    def rules(**options) -> set:
+        model = create_model("crossformer_tiny", embed_dim=16, depths=(2, 2, 2, 2), heads=1, **options)
+        layers = [m for m in model.modules() if isinstance(m, LongShortDistanceAttention)]
+        return {(layer.small_map, layer.small_size, layer.padding) for layer in layers}
+
+    assert rules() == {("longer", (7, 7), "masked")}
+    assert rules(long_distance="grid") == rules(long_distance="interval") == {("shorter", (7, 7), "masked")}
+    assert rules(long_distance="interval", small_map="longer") == {("longer", (7, 7), "masked")}
+    assert rules(padding="attended", small_map="shorter") == {("shorter", (7, 7), "attended")}
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"small_map": "single"}, "small_map must be 'longer' or 'shorter', got 'single'"),
+        ({"padding": "centred"}, "padding must be 'masked' or 'attended', below and to the right, got 'centred'"),
+        ({"small_size": 0}, "small_size must be at least 1"),
+    ],
+)
+def test_rules_that_are_not_offered(options, message):
+    with pytest.raises(ValueError, match=message):
+        LongShortDistanceAttention(32, 2, 7, 2, **options)
+    if "small_size" not in options:
+        with pytest.raises(ValueError, match=message):
+            create_model("crossformer_tiny", **options)
 
 
 def test_a_layer_takes_maps_of_every_size_and_keeps_no_trace_of_them():

@@ -34,7 +34,7 @@ def readable(*parts: nn.Module) -> bool:
         if type(part) not in _READABLE or not as_made(part):
             return False
         for x in part._parameters.values():
-            if hasattr(type(x), "__tensor_flatten__"):
+            if type(x) is not nn.Parameter and hasattr(type(x), "__tensor_flatten__"):
                 return False
         if part._modules and not readable(*part._modules.values()):
             return False
@@ -54,6 +54,8 @@ class _SameStrides(Function):
     autograd itself takes any stride along a dimension of size 1. DistributedDataParallel does not: it warns, and copies
     the gradient at every step.
     """
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor) -> Tensor:
@@ -77,10 +79,20 @@ def same_strides(weight: Tensor) -> Tensor:
 
 
 class Conv2d(nn.Conv2d):
-    """PyTorch's convolution, with a gradient that has the strides of the weight on channels-last maps, too."""
+    """PyTorch's convolution, with a gradient that has the strides of the weight whatever the layout of the map."""
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return super()._conv_forward(x, same_strides(weight), bias)
+
+
+class Conv3d(nn.Conv3d):
+    """`Conv2d` for videos."""
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(x, same_strides(weight), bias)
+
+
+_READABLE |= {Conv2d, Conv3d}
 
 
 class AttentionLayer(nn.Module):

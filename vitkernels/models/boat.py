@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _checks
+from .._layer import Conv2d
 from ..cluster_attention import FeatureSpaceAttention
 from ..partition_attention import CrossShapedWindowAttention, WindowAttention
 from ._blocks import Pyramid, Stage, TransformerBlock, drop_path_rates, nchw, nhwc, pad_to_multiple, sizes_per_stage
@@ -35,7 +36,7 @@ class PatchEmbedding(nn.Module):
 
     def __init__(self, in_channels: int, dim: int):
         super().__init__()
-        self.proj = nn.Conv2d(in_channels, dim, STRIDE, STRIDE)
+        self.proj = Conv2d(in_channels, dim, STRIDE, STRIDE)
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, images: Tensor) -> Tensor:  # [B, channels, H, W] -> [B, H / 4, W / 4, C]
@@ -122,7 +123,7 @@ class ConvEmbedding(nn.Module):
 
     def __init__(self, dim: int, out: int, kernel: int, stride: int):
         super().__init__()
-        self.conv = nn.Conv2d(dim, out, kernel, stride, (kernel - 1) // 2 if stride == 2 else 2)
+        self.conv = Conv2d(dim, out, kernel, stride, (kernel - 1) // 2 if stride == 2 else 2)
         self.norm = nn.LayerNorm(out)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, H / stride, W / stride, out]

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _checks
-from .._layer import Conv2d, readable
+from .._layer import Conv2d, readable, same_strides
 from ..partition_attention import LongShortDistanceAttention
 from ._blocks import (
     Pyramid,
@@ -56,7 +56,7 @@ def _scales(dim: int, out: int, kernels: Sequence[int], stride: int) -> nn.Modul
         raise ValueError(f"{out} channels are too few for {len(kernels)} kernels, of which each takes half of the rest")
     shares = [out >> (i + 1) for i in range(len(kernels) - 1)]
     shares.append(out - sum(shares))
-    return nn.ModuleList(nn.Conv2d(dim, n, k, stride, (k - stride) // 2) for n, k in zip(shares, kernels))
+    return nn.ModuleList(Conv2d(dim, n, k, stride, (k - stride) // 2) for n, k in zip(shares, kernels))
 
 
 def _squares(x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, C * 16, H / 4, W / 4]
@@ -83,7 +83,7 @@ class CrossScaleEmbedding(nn.Module):
             if kernel % (2 * STRIDE) or not readable(proj):
                 maps.append(proj(images))
             else:
-                maps.append(F.conv2d(squares, _squares(proj.weight), proj.bias, padding=side // 2 - 1))
+                maps.append(F.conv2d(squares, _squares(same_strides(proj.weight)), proj.bias, padding=side // 2 - 1))
         return self.norm(nhwc(torch.cat(maps, 1)))
 
 
@@ -128,6 +128,11 @@ class CrossFormer(Pyramid):
         long_distance: how the odd blocks group the map, all the same at 224 x 224: "long", groups of ``group_size`` at
             ``interval`` (the current official code); "grid", ``group_size`` tokens spread over the map (the first
             classification code); "interval", every ``interval``-th token of the map (the first detection code).
+        small_map: the side of the groups where a map is no longer than ``group_size`` along one axis, as in
+            `LongShortDistanceAttention`; None is the rule of the code that ``long_distance`` names, "longer" for "long"
+            and "shorter" for the others. All the same for square images.
+        padding: "masked" or "attended", as in `LongShortDistanceAttention`; all published weights were trained with
+            "masked".
         patch_size: kernels of the embedding, in pixels.
         merge_size: kernels between the stages, one sequence for each step.
         mlp_ratio: hidden channels of the MLPs over their channels, one or one for each stage.
@@ -149,6 +154,8 @@ class CrossFormer(Pyramid):
         group_size: int | Sequence[int] = 7,
         interval: int | Sequence[int] = (8, 4, 2, 1),
         long_distance: str = "long",
+        small_map: str | None = None,
+        padding: str = "masked",
         patch_size: Sequence[int] = (4, 8, 16, 32),
         merge_size: Sequence[Sequence[int]] = ((2, 4), (2, 4), (2, 4)),
         mlp_ratio: float | Sequence[float] = 4.0,
@@ -169,13 +176,15 @@ class CrossFormer(Pyramid):
         values = {"heads": heads, "group_size": group_size, "interval": interval}
         heads, groups, intervals = (sizes_per_stage(name, value, len(depths)) for name, value in values.items())
         self.channels = tuple(embed_dim << s for s in range(len(depths)))
+        if small_map is None:
+            small_map = "longer" if long_distance == "long" else "shorter"
         stages = []
         for s, (dim, depth) in enumerate(zip(self.channels, depths)):
             near = (groups[s], 1)
             far = {"long": (groups[s], intervals[s]), "grid": (groups[s], None), "interval": (None, intervals[s])}
-            blocks = []
+            small, blocks = {"small_map": small_map, "small_size": groups[s], "padding": padding}, []
             for i in range(depth):
-                attn = LongShortDistanceAttention(dim, heads[s], *(far[long_distance] if i % 2 else near))
+                attn = LongShortDistanceAttention(dim, heads[s], *(far[long_distance] if i % 2 else near), **small)
                 blocks.append(Block(attn, ratios[s], next(rates), cooling and i % 3 == 2 and i < depth - 1))
             stages.append(Stage(blocks, Merging(dim, merge_size[s]) if s < len(depths) - 1 else None))
         self._finish(CrossScaleEmbedding(in_channels, embed_dim, patch_size), stages)

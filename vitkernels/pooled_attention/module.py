@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _checks
-from .._layer import readable, same_strides
+from .._layer import Conv2d, Conv3d, readable, same_strides
 from .op import INDICES, RESIDUALS, pooled_attention
 from .pool import MODES, Pool, check_axes, check_thw, pool_qkv
 
@@ -37,8 +37,9 @@ class MultiScaleAttention(nn.Module):
             along time.
         residual: whether the pooled queries are added to the output: "none", "all" (timm), "all_but_cls" (SlowFast,
             torchvision).
-        index: how a relative distance is rounded, as in `pooled_attention`; weights of SlowFast, timm and torchvision
-            give the published numbers with "exact" on maps whose strides divide them.
+        index: how a relative distance is rounded where the strides do not divide the map, as in `pooled_attention`:
+            weights of SlowFast and timm give their numbers with "slowfast", torchvision's with "torchvision". Where
+            they divide, all rules are one.
         qkv_bias: whether the fused projection has a bias.
         proj_drop: dropout after the output projection.
         eps: of the norms.
@@ -110,7 +111,7 @@ class MultiScaleAttention(nn.Module):
         return ("q", self.kernel_q, self.stride_q), ("k", *keys), ("v", *keys)
 
     def _convolution(self, kernel: tuple[int, ...], stride: tuple[int, ...]) -> nn.Module:
-        kind = nn.Conv2d if len(kernel) == 2 else nn.Conv3d
+        kind = Conv2d if len(kernel) == 2 else Conv3d
         padding = tuple(k // 2 for k in kernel)
         return kind(self.head_dim, self.head_dim, kernel, stride, padding, groups=self.head_dim, bias=False)
 

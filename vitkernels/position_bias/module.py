@@ -88,13 +88,14 @@ class DynamicPositionBias(nn.Module):
         return type(self) is DynamicPositionBias and as_made(self) and self._readable_parts()
 
     def _readable_parts(self) -> bool:
-        if not readable(self.pos_proj, self.pos1, self.pos2, self.pos3) or self.pos_proj.bias is None:
+        proj, *blocks = (self._modules[name] for name in ("pos_proj", "pos1", "pos2", "pos3"))
+        if not readable(proj, *blocks) or type(proj) is not nn.Linear or proj._parameters["bias"] is None:
             return False
-        for block in (self.pos1, self.pos2, self.pos3):
-            layers = tuple(block.children())
-            if tuple(map(type, layers)) != (nn.LayerNorm, nn.ReLU, nn.Linear):
+        for block in blocks:
+            layers = tuple(block._modules.values())
+            if tuple(map(type, layers)) != (nn.LayerNorm, nn.ReLU, nn.Linear) or layers[0].eps != _EPS:
                 return False
-            if layers[0].eps != _EPS or layers[0].bias is None or layers[2].bias is None:
+            if layers[0]._parameters["bias"] is None or layers[2]._parameters["bias"] is None:
                 return False
         return True
 
@@ -110,8 +111,8 @@ class DynamicPositionBias(nn.Module):
         return table.float() if table.dtype in _HALVES else table
 
     def constant(self) -> bool:
-        """Whether the table may be kept: parts that are read, eval mode, no gradient wanted, no graph capture."""
-        if self.training or torch.compiler.is_compiling() or not self._readable_parts():
+        """Whether the table of parts that are read may be kept: eval mode, no gradient wanted, no graph capture."""
+        if self.training or torch.compiler.is_compiling():
             return False
         if self.pos_proj.weight.is_cuda and torch.cuda.is_current_stream_capturing():
             return False  # the table would be in the graph's memory, or the graph would outlive the table
