@@ -140,7 +140,8 @@ def _torchvision_parts(attn: nn.Module) -> Parts | None:
         layers = pool.norm_act if is_kind(pool, "Pool") and not pool.norm_before_pool else None
         if layers is None or len(layers) != 1 or not silent(pool, layers):
             return None
-        parts.append((pool.pool, layers[0]))
+        (norm,) = layers
+        parts.append((pool.pool, norm))
     return parts
 
 

@@ -70,8 +70,7 @@ def dropout_rate(attn: nn.Module) -> float:
 
 def drops(attn: nn.Module) -> bool:
     """Whether it drops attention weights now."""
-    layer = getattr(attn, "attn_drop", attn)
-    return (attn.training or layer.training) and dropout_rate(attn) > 0
+    return dropout_rate(attn) > 0 and (attn.training or getattr(attn, "attn_drop", attn).training)
 
 
 def on_a_map(forward: Callable) -> Callable:
@@ -103,20 +102,26 @@ def takes_maps(attn: nn.Module) -> bool:
         attn = next((attn._modules[name] for name in _WRAPPED if name in attn._modules), None)
         if attn is None:
             return False
+    if drops(attn) or unusual(attn):
+        return False
     parts = attn._modules
-    return not drops(attn) and not unusual(attn) and silent(*(parts.get(name) for name in (*_REPLACED, "rel_pos")))
+    return silent(parts.get("softmax"), parts.get("attn_drop"), parts.get("rel_pos"))
 
 
 def unusual(attn: nn.Module) -> str | None:
     """Name of a part of an attention module that no kernel can replace, if there is one."""
-    parts = attn._modules
-    names = (name for name, kinds in _REPLACED.items() if name in parts and type(parts[name]) not in kinds)
-    return next(names, None)
+    for name, kinds in _REPLACED.items():
+        if name in attn._modules and type(attn._modules[name]) not in kinds:
+            return name
+    return None
 
 
 def silent(*parts: nn.Module | None) -> bool:
     """Whether nobody notices that ``parts`` are not called."""
-    return all(part is None or as_made(part) for part in parts)
+    for part in parts:  # a loop costs less than `all` at every call
+        if part is not None and not as_made(part):
+            return False
+    return True
 
 
 def _runs_on_a_map(attn: nn.Module) -> bool:
