@@ -47,12 +47,12 @@ ALLOWED = {
     "maxvit": {"_blocks", "partition_attention"},
     "mvit": {"_blocks", "pooled_attention"},
     "checkpoints": {"_blocks", "boat", "crossformer", "maxvit", "mvit"},
-    # integrations call operators from modules of others
-    "recipe": _OPERATORS,
-    "swin": _OPERATORS | {"partition_attention.module", "recipe"},
-    "integrations.crossformer": _OPERATORS | {"recipe"},
-    "integrations.maxvit": _OPERATORS | {"recipe"},
-    "integrations.mvit": _OPERATORS | {"recipe"},
+    # integrations call operators from modules of others, whose parts they read by the rule that layers have
+    "recipe": _OPERATORS | {"_layer"},
+    "swin": _OPERATORS | {"_layer", "partition_attention.module", "recipe"},
+    "integrations.crossformer": _OPERATORS | {"_layer", "recipe"},
+    "integrations.maxvit": _OPERATORS | {"_layer", "recipe"},
+    "integrations.mvit": _OPERATORS | {"_layer", "recipe"},
     "accelerate": {"_checks", "_dispatch", "crossformer", "maxvit", "mvit", "recipe", "swin"},
     "_triton": set(),
     "_dispatch": {"_native"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -13,6 +14,11 @@ DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 def shape_of(x: Tensor) -> str:
     return "[" + ", ".join(map(str, x.shape)) + "]"
+
+
+def shown(value: object) -> str:
+    """``value`` as a message shows it: a tensor by its shape, a long one cut."""
+    return f"a Tensor {shape_of(value)}" if isinstance(value, Tensor) else reprlib.repr(value)
 
 
 def check_tensor(name: str, x: object, layout: str) -> None:
@@ -94,7 +100,15 @@ def check_ints(**values: object) -> None:
     """Sizes of a layer, by name, are ints."""
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must be an int, got {value!r}")
+            raise TypeError(f"{name} must be an int, got {shown(value)}")
+
+
+def check_sizes(**values: object) -> None:
+    """Sizes of a layer or a model, by name, are ints of at least 1."""
+    check_ints(**values)
+    for name, value in values.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 def check_scale(scale: object, head_dim: int) -> float:
