@@ -374,6 +374,7 @@ REFUSED: dict[str, tuple[str, Callable, str]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:torch.quantize_per_tensor", "ignore:TypedStorage")
 @pytest.mark.parametrize("what", REFUSED)
 def test_refusals_change_nothing(what, tmp_path):
     name, write, message = REFUSED[what]

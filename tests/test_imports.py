@@ -42,11 +42,11 @@ ALLOWED = {
     "_layer": {"_checks"},
     # models compose layers, and nothing else
     "_blocks": {"_checks", "_dispatch", "_layer", "pooled_attention"},
-    "boat": {"_blocks", "cluster_attention", "partition_attention"},
-    "crossformer": {"_blocks", "partition_attention"},
-    "maxvit": {"_blocks", "partition_attention"},
-    "mvit": {"_blocks", "pooled_attention"},
-    "checkpoints": {"_blocks", "boat", "crossformer", "maxvit", "mvit"},
+    "boat": {"_blocks", "_checks", "_layer", "cluster_attention", "partition_attention"},
+    "crossformer": {"_blocks", "_checks", "_layer", "partition_attention"},
+    "maxvit": {"_blocks", "_layer", "partition_attention"},
+    "mvit": {"_blocks", "_checks", "_layer", "pooled_attention"},
+    "checkpoints": {"_blocks", "_checks", "boat", "crossformer", "maxvit", "mvit"},
     # integrations call operators from modules of others, whose parts they read by the rule that layers have
     "recipe": _OPERATORS | {"_layer"},
     "swin": _OPERATORS | {"_layer", "partition_attention.module", "recipe"},
@@ -58,7 +58,7 @@ ALLOWED = {
     "_dispatch": {"_native"},
     "_checks": set(),
     "_native": set(),
-    "partition": set(),
+    "partition": {"_checks"},
     "tree": set(),
 }
 KERNELS = {"_triton", "kernels", "streamed", "pool_kernels", "positions"}  # may import triton

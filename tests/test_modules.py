@@ -464,7 +464,7 @@ def test_a_pruned_model_is_the_model_of_its_pruned_weights(name):
     torch.testing.assert_close(pruned, model(images))
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:torch.quantize_per_tensor")
 @pytest.mark.parametrize("name", MODELS)
 def test_a_quantised_model_runs(name):
     torch.manual_seed(0)
@@ -477,7 +477,7 @@ def test_a_quantised_model_runs(name):
     torch.testing.assert_close(found, expected, rtol=0, atol=0.1 * expected.abs().max().item())
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:torch.quantize_per_tensor")
 def test_a_quantised_layer_is_its_parts_called():
     torch.manual_seed(0)
     layer = LongShortDistanceAttention(32, 2, (4, 3), 2).eval()

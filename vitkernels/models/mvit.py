@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from .. import _checks
 from .._layer import Conv2d, Conv3d
 from ..pooled_attention import MultiScaleAttention, pool_tokens
-from ..pooled_attention.op import INDICES
 from ._blocks import DropPath, Mlp, Model, drop_path_rates, initialise, sizes_per_stage
 
 _V1 = {"kv_stride": 8, "has_cls": True, "abs_pos": True, "expand_in": "mlp", "dropout": 0.5, "num_classes": 400}
@@ -201,8 +200,6 @@ class MViT(Model):
 
     @index.setter
     def index(self, index: str) -> None:
-        if index not in INDICES:
-            raise ValueError(f"index must be one of {', '.join(INDICES)}, got {index!r}")
         for block in self.blocks:
             block.attn.index = index
 

@@ -77,7 +77,7 @@ class MultiScaleAttention(nn.Module):
         _checks.check_sizes(dim=dim, dim_out=dim_out, heads=heads)
         if dim_out % heads:
             raise ValueError(f"dim_out must be a multiple of heads, got dim_out {dim_out} and {heads} heads")
-        for name, value, known in (("mode", mode, MODES), ("residual", residual, RESIDUALS), ("index", index, INDICES)):
+        for name, value, known in (("mode", mode, MODES), ("residual", residual, RESIDUALS)):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
         size = check_thw("input_size", input_size)
@@ -104,6 +104,16 @@ class MultiScaleAttention(nn.Module):
         for name, length, want in zip("thw"[-axes:], lengths, wanted):
             table = nn.Parameter(nn.init.trunc_normal_(self.qkv.weight.new_empty(length, self.head_dim), std=0.02))
             self.register_parameter(f"rel_pos_{name}", table if want else None)
+
+    @property
+    def index(self) -> str:
+        return self._index
+
+    @index.setter
+    def index(self, index: str) -> None:
+        if index not in INDICES:
+            raise ValueError(f"index must be one of {', '.join(INDICES)}, got {index!r}")
+        self._index = index
 
     def _pools(self) -> tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]:
         """Name, kernel and stride of the three pools."""
