@@ -73,8 +73,10 @@ def test_budgets(report, chip):
 def test_the_main_path_on_hopper(report):
     rows = {(row.case, row.name): row for row in compiled(report, 90)}
     forward, backward = (rows["49 tokens, bf16, 32", f"partition_attention_{way}"] for way in ("forward", "backward"))
-    assert forward.blocks == 4 and forward.behind >= 23 * 1024  # bytes that keep the memory busy while it computes
-    assert backward.blocks == 2 and backward.behind >= 23 * 1024
+    # Bytes that keep the memory busy. They are not behind computation: this compiler sets no fence for rows that come
+    # to shared memory meanwhile, so that none do.
+    assert forward.blocks == 4 and forward.in_flight >= 23 * 1024
+    assert backward.blocks == 2 and backward.in_flight >= 16 * 1024
     forward, backward = (rows["leaves of 49, bf16, 32", f"cluster_attention_{way}"] for way in ("forward", "backward"))
     assert forward.warps == 4 and forward.registers <= 96
     assert backward.warps == 4 and backward.registers <= 168
