@@ -207,11 +207,11 @@ def _streamed_attention_backward_bias(
         b_q, b_do = load_rows(q, image, head, query, SPEC), load_rows(dout, image, head, query, SPEC)  # [M, D]
         products = matmul(b_q, load_columns(k, image, head, key, SPEC), SPEC.PRECISION)  # [M, N]
         logits = hide(pair_logits(products, bias, query, key, scale, geometry), key)
-        dweights = matmul(b_do, load_columns(v, image, head, key, SPEC), SPEC.PRECISION)
-        dlogits = tl.exp2(logits - lse[:, None]) * (dweights - delta[:, None])
         if statistics.total is not None:
-            dlogits *= _over_total(statistics, image, head, heads, query, geometry)[:, None]
-        total += dlogits
+            over_total = _over_total(statistics, image, head, heads, query, geometry)
+            b_do, delta = b_do * over_total[:, None], delta * over_total
+        dweights = matmul(b_do, load_columns(v, image, head, key, SPEC), SPEC.PRECISION)
+        total += tl.exp2(logits - lse[:, None]) * (dweights - delta[:, None])
     line = tl.cdiv(tokens, BLOCK) * BLOCK
     p_tile = p_partial + (tl.cast(share, tl.int64) * heads + head) * line * line
     tl.store(p_tile + (tl.cast(o_query, tl.int64) * line)[:, None] + o_key[None, :], total)
