@@ -2,19 +2,32 @@
 
 The launcher itself chooses the arguments, constants, warps and stages: what is compiled is what would be launched.
 Triton either interprets or compiles, so that this runs in a process without TRITON_INTERPRET.
+
+python benchmarks/ahead_of_time.py --chip 90    whatever a launcher can be asked for, as far as Triton's own language
 """
 
 from __future__ import annotations
 
+import argparse
+import importlib
+import itertools
+import json
 import math
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
 from typing import NamedTuple
 from unittest import mock
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.jit import JITFunction
+
+
+class _Enough(Exception):
+    """The rest of the compiler is the same for all variants, and slow."""
 
 
 class _Driver:
@@ -38,7 +51,8 @@ def compile_launches(call: Callable[[], object], capability: int) -> list:
     compiled, run = [], JITFunction.run
 
     def compile_only(kernel, *args, grid, warmup, **kwargs):
-        compiled.append(run(kernel, *args, grid=grid, warmup=True, **kwargs))
+        with suppress(_Enough):
+            compiled.append(run(kernel, *args, grid=grid, warmup=True, **kwargs))
 
     driver = mock.patch.object(triton.runtime.driver, "_active", _Driver(capability))
     with driver, mock.patch.object(JITFunction, "run", compile_only):
@@ -47,7 +61,9 @@ def compile_launches(call: Callable[[], object], capability: int) -> list:
 
 
 class Groups(NamedTuple):
-    """Partition attention of a packed projection of three heads, with a bias table, or an MLP of a hidden width."""
+    """Partition attention of a packed projection of three heads, with a bias table, an MLP of a hidden width, or
+    nothing.
+    """
 
     group: int  # tokens
     head_dim: int
@@ -55,6 +71,8 @@ class Groups(NamedTuple):
     shift: int = 0
     ragged: bool = False
     hidden: int = 0
+    residual: bool = False
+    biased: bool = True
 
     def launch(self) -> None:
         """A forward and a backward pass."""
@@ -62,9 +80,9 @@ class Groups(NamedTuple):
 
         heads, p, side = 3, self.hidden, 2 * self.group + self.ragged
         qkv = torch.empty(2, side, side, 3, heads, self.head_dim, dtype=getattr(torch, self.dtype))
-        bias = None if p else torch.empty(heads, 2 * self.group - 1, 2 * self.group - 1)
+        bias = torch.empty(heads, 2 * self.group - 1, 2 * self.group - 1) if self.biased and not p else None
         mlp = [torch.empty(shape) for shape in _mlp(p, heads)] if p else []
-        inputs = *qkv.unbind(3), bias, mlp, False
+        inputs = *qkv.unbind(3), bias, mlp, self.residual
         geometry = (self.group, self.group, 1, 1, self.shift, self.shift)
         out, statistic = kernels.partition_attention_forward(*inputs, *geometry, 0.2)
         kernels.partition_attention_backward(out, *inputs, statistic, *geometry, 0.2)
@@ -92,14 +110,15 @@ class Offsets(NamedTuple):
     group: int  # tokens
     hidden: int
     heads: int
+    residual: bool = False
 
     def launch(self) -> None:
         """A forward and a backward pass."""
         from vitkernels.position_bias import kernels
 
         mlp = [torch.empty(shape) for shape in _mlp(self.hidden, self.heads)]
-        table = kernels.dynamic_position_bias_forward(mlp, False, self.group, self.group)
-        kernels.dynamic_position_bias_backward(table, mlp, False, self.group, self.group)
+        table = kernels.dynamic_position_bias_forward(mlp, self.residual, self.group, self.group)
+        kernels.dynamic_position_bias_backward(table, mlp, self.residual, self.group, self.group)
 
     @property
     def padding(self) -> float:
@@ -113,15 +132,17 @@ class Leaves(NamedTuple):
     overlap: int
     head_dim: int
     dtype: str
+    leaves: int = 64
+    check: bool = False
 
     def launch(self) -> None:
         """A forward and a backward pass."""
         from vitkernels.cluster_attention import kernels
 
-        qkv = torch.empty(2, 64 * self.tokens, 3, 3, self.head_dim, dtype=getattr(torch, self.dtype))
-        order = torch.empty(2, 3, 64 * self.tokens, dtype=torch.int32)
-        q, k, v = qkv.unbind(2)
-        out, statistic = kernels.cluster_attention_forward(q, k, v, order, self.tokens, self.overlap, 0.2, False)
+        tokens = self.leaves * self.tokens
+        q, k, v = torch.empty(2, tokens, 3, 3, self.head_dim, dtype=getattr(torch, self.dtype)).unbind(2)
+        order = torch.empty(2, 3, tokens, dtype=torch.int32)
+        out, statistic = kernels.cluster_attention_forward(q, k, v, order, self.tokens, self.overlap, 0.2, self.check)
         kernels.cluster_attention_backward(out, q, k, v, order, statistic, self.tokens, self.overlap, 0.2)
 
     @property
@@ -137,6 +158,8 @@ class Maps(NamedTuple):
     cls: int
     head_dim: int
     dtype: str
+    residual: int = 1
+    axes: tuple[bool, bool, bool] = (True, True, True)
 
     def launch(self) -> None:
         """A forward and a backward pass."""
@@ -144,10 +167,10 @@ class Maps(NamedTuple):
 
         tokens = (math.prod(n) + self.cls for n in (self.q_thw, self.k_thw))
         q, k = (torch.empty(2, n, 4, self.head_dim, dtype=getattr(torch, self.dtype)) for n in tokens)
-        lengths = [(a, b) if a * b > 1 else None for a, b in zip(self.q_thw, self.k_thw)]
+        lengths = [(a, b) if a * b > 1 and has else None for a, b, has in zip(self.q_thw, self.k_thw, self.axes)]
         tables = [n and torch.empty(2 * max(n) - 1, self.head_dim) for n in lengths]
         positions = *tables, *(n and torch.zeros(n, dtype=torch.long) for n in lengths)
-        geometry = self.q_thw, self.k_thw, bool(self.cls), 1, 0.2
+        geometry = self.q_thw, self.k_thw, bool(self.cls), self.residual, 0.2
         out, statistic = kernels.pooled_attention_forward(q, k, k, *positions, *geometry)
         kernels.pooled_attention_backward(out, q, k, k, *positions, statistic, *geometry)
 
@@ -157,7 +180,7 @@ class Maps(NamedTuple):
 
 
 class Pool(NamedTuple):
-    """Pooling of a packed projection of four heads on a map, with a norm: a convolution, or the maximum."""
+    """Pooling of a packed projection of four heads on a map: by weights, the maximum or the average."""
 
     thw: tuple[int, int, int]
     kernel: tuple[int, int, int]
@@ -166,6 +189,8 @@ class Pool(NamedTuple):
     head_dim: int
     dtype: str
     maximum: bool = False
+    average: bool = False
+    norm: bool = True
 
     def launch(self) -> None:
         """A forward and a backward pass."""
@@ -173,11 +198,12 @@ class Pool(NamedTuple):
 
         tokens = math.prod(self.thw) + self.cls
         qkv = torch.empty(2, tokens, 3, 4, self.head_dim, dtype=getattr(torch, self.dtype))
-        weight = None if self.maximum else torch.empty(self.head_dim, math.prod(self.kernel))
+        weight = None if self.maximum or self.average else torch.empty(self.head_dim, math.prod(self.kernel))
+        norm = [torch.empty(self.head_dim) if self.norm else None for _ in range(2)]
         padding = [n // 2 for n in self.kernel]
         geometry = self.thw, self.kernel, self.stride, padding, self.maximum, bool(self.cls), 1e-6
         x, dx, _ = qkv.unbind(2)
-        inputs = x, weight, torch.empty(self.head_dim), torch.empty(self.head_dim), *geometry
+        inputs = x, weight, *norm, *geometry
         out = pool_kernels.pool_tokens_forward(*inputs)
         pool_kernels.pool_tokens_backward(out, *inputs, dx)
 
@@ -205,6 +231,8 @@ EVERYWHERE = {  # on every chip
 ON_TWO = {  # on sm_80 and sm_90
     "16 tokens, bf16, 32": Groups(4, 32, "bfloat16"),
     "49 tokens, bf16, 32, ragged": Groups(7, 32, "bfloat16", ragged=True),
+    "49 tokens, bf16, 32, no bias": Groups(7, 32, "bfloat16", biased=False),
+    "100 tokens, bf16, 32, no bias": Groups(10, 32, "bfloat16", biased=False),
     "49 tokens, bf16, 32, MLP of 6": Groups(7, 32, "bfloat16", hidden=6),
     "49 tokens, bf16, 32, MLP of 12": Groups(7, 32, "bfloat16", hidden=12),
     "64 tokens, fp16, 64, shifted": Groups(8, 64, "float16", 4),
@@ -233,3 +261,92 @@ ON_TWO = {  # on sm_80 and sm_90
 def cases(capability: int) -> dict[str, NamedTuple]:
     """What is compiled for a chip."""
     return EVERYWHERE | (ON_TWO if capability in (80, 90) else {})
+
+
+def _with_dtypes(*options: tuple) -> Iterator[tuple]:
+    """All combinations, each with a dtype: by the parity of their places, so that every option meets both."""
+    for choices in itertools.product(*map(enumerate, options)):
+        places, values = zip(*choices)
+        yield *values, ("float32", "bfloat16")[sum(places) % 2]
+
+
+def variants() -> Iterator[NamedTuple]:
+    """Every form of every launcher, on small tiles."""
+    switch = (False, True)
+    for biased, shift, ragged, dtype in _with_dtypes(switch, (0, 2), switch):
+        yield Groups(4, 16, dtype, shift, ragged, biased=biased)
+        yield Groups(9, 16, dtype, shift, ragged, biased=biased)  # streamed
+    for residual, shift, ragged, dtype in _with_dtypes(switch, (0, 2), switch):
+        yield Groups(4, 16, dtype, shift, ragged, hidden=6, residual=residual)
+    for hidden, residual in itertools.product((6, 48), switch):
+        yield Offsets(4, hidden, 3, residual)
+    for tokens, overlap, leaves, dtype in _with_dtypes((16, 72), (0, 4), (1, 8)):
+        yield Leaves(tokens, overlap, 16, dtype, leaves, check=overlap > 0)
+    for residual, cls, positions, dtype in _with_dtypes((0, 1, 2), (0, 1), switch):
+        yield Maps((2, 8, 8), (2, 4, 4), cls, 16, dtype, residual, (positions,) * 3)
+    for t, y, x, dtype in _with_dtypes(switch, switch, switch):
+        yield Maps((2, 8, 8), (2, 4, 4), 0, 16, dtype, axes=(t, y, x))
+    yield Maps((1, 80, 80), (1, 80, 80), 0, 16, "bfloat16")  # columns in two parts
+    for kind, cls, norm, stride, dtype in _with_dtypes(("", "maximum", "average"), (0, 1), switch, (1, 2)):
+        chosen = {kind: True} if kind else {}
+        yield Pool((2, 8, 8), (1, 3, 3), (1, stride, stride), cls, 16, dtype, norm=norm, **chosen)
+    yield Pool((2, 8, 8), (1, 1, 11), (1, 1, 1), 0, 72, "bfloat16")  # taps and elements in parts
+
+
+LAUNCHERS = ("partition_attention.kernels", "position_bias.kernels", "cluster_attention.kernels")
+LAUNCHERS += ("pooled_attention.kernels", "pooled_attention.pool_kernels")
+
+
+def _launchers() -> dict[str, tuple[object, dict[str, str]]]:
+    """By operator with Triton kernels: its module, and what the schema has as options, with their types."""
+    modules = [importlib.import_module(f"vitkernels.{name}") for name in LAUNCHERS]
+    found = {}
+    for qualified in torch._C._dispatch_get_all_op_names():
+        space, _, name = qualified.partition("::")
+        if space != "vitkernels" or not torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "CUDA"):
+            continue
+        (module,) = (module for module in modules if hasattr(module, name))
+        arguments = getattr(torch.ops.vitkernels, name).default._schema.arguments
+        found[name] = module, {a.name: str(a.type) for a in arguments}
+    return found
+
+
+def compile_variants(capability: int) -> dict[str, object]:
+    """Which variants the compiler's front end refuses, and which options of the operators no variant has asked for."""
+    refused, seen, launchers = {}, defaultdict(set), _launchers()
+
+    def recorded(name: str, options: dict[str, str], launcher: Callable) -> Callable:
+        def call(*values):
+            for option, value in zip(options, values, strict=True):
+                seen[f"{name}: {option}"].add(value if isinstance(value, bool) else value is None)
+            return launcher(*values)
+
+        return call
+
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(CUDABackend, "make_ttgir", side_effect=_Enough))
+        for name, (module, options) in launchers.items():
+            stack.enter_context(mock.patch.object(module, name, recorded(name, options, getattr(module, name))))
+        for variant in variants():
+            try:
+                compile_launches(variant.launch, capability)
+            except Exception as error:
+                refused[repr(variant)] = f"{type(error).__name__}: {error}".strip()
+    switches = {
+        f"{name}: {option}"
+        for name, (_, options) in launchers.items()
+        for option, kind in options.items()
+        if kind == "bool" or kind.startswith("Optional")
+    }
+    unasked = sorted(option for option in switches if seen[option] != {False, True})
+    return {"launchers": len(launchers), "switches": len(switches), "refused": refused, "unasked": unasked}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python benchmarks/ahead_of_time.py", description=__doc__.partition("\n")[0])
+    parser.add_argument("--chip", type=int, required=True, help="compute capability, 90 for 9.0")
+    print(json.dumps(compile_variants(parser.parse_args().chip), indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -89,6 +89,7 @@ class Kernel(NamedTuple):
     loads: str
     clocks: dict[str, int]  # a trip through the hot loop, by unit, of a multiprocessor that did nothing else
     widest: int  # bytes that a lane loads at once, anywhere
+    unfenced: bool
 
     @property
     def limit(self) -> str:
@@ -97,7 +98,7 @@ class Kernel(NamedTuple):
 
 def kernel(case: str, name: str, chip: Chip, code: sass.Code, padding: float, **launch: int) -> Kernel:
     """A row. ``padding``: the share of a tile's lanes that are not masked."""
-    tensor_memory = launch.pop("tensor_memory", 0)
+    tensor_memory, missing = launch.pop("tensor_memory", 0), launch.pop("unfenced", False)
     blocks = chip.resident(code.warps, launch["registers"], launch["shared"], tensor_memory)
     most, behind = code.under_way
     needs = code.needs
@@ -110,8 +111,18 @@ def kernel(case: str, name: str, chip: Chip, code: sass.Code, padding: float, **
     return Kernel(
         case, name, code.warps, launch["registers"], launch["spilled"], launch["shared"], blocks, blocks * most,
         blocks * behind, code.matrix, code.loads, {unit: round(n) for unit, n in clocks.items()},
-        code.widest,
+        code.widest, missing,
     )  # fmt: skip
+
+
+def unfenced(ptx: str) -> bool:
+    """Whether tensor cores that read shared memory by themselves may do so before they see asynchronous copies."""
+    landed = False
+    for what in re.findall(r"\b(cp\.async\.wait|fence\.proxy\.async|wgmma\.mma_async|tcgen05\.mma)", ptx):
+        if landed and "mma" in what:
+            return True
+        landed = what == "cp.async.wait" or (landed and what != "fence.proxy.async")
+    return False
 
 
 def tools() -> Path:
@@ -132,7 +143,7 @@ def triton_kernels(capability: int, names: Iterable[str]) -> list[Kernel]:
             metadata, taken = compiled.metadata, _resources(compiled.asm["cubin"])
             code = _code(compiled.asm["cubin"], metadata.num_warps, compiled.asm["ttgir"])
             launch = dict(registers=taken["REG"], spilled=taken["STACK"], shared=metadata.shared)
-            launch["tensor_memory"] = getattr(metadata, "tmem_size", 0)
+            launch |= dict(tensor_memory=getattr(metadata, "tmem_size", 0), unfenced=unfenced(compiled.asm["ptx"]))
             row = kernel(case, metadata.name.strip("_"), CHIPS[capability], code, about.padding, **launch)
             before = found.get((case, row.name))
             if before is None or (row.spilled, row.registers) > (before.spilled, before.registers):

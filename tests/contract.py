@@ -65,6 +65,19 @@ def _largest(x: Tensor) -> float:
     return x.abs().max().item() if x.numel() else 0.0
 
 
+def blind_inputs(*shape: int) -> list[torch.Tensor]:
+    """q, k and v [.., heads, head_dim] whose first query has logits of -inf alone, and all others 0 alone."""
+    q, k, v = torch.zeros(shape), torch.full(shape, 1e20), torch.rand(shape)
+    q[:, 0] = -1e20
+    return [q, k, v]
+
+
+def assert_blind(out, dq, dk, dv) -> None:
+    """The first query gives 0 and gets 0."""
+    assert all(x.isfinite().all() for x in (out, dq, dk, dv))
+    assert not out[:, 0].any() and not dq[:, 0].any() and (out[:, 1:] > 0).all()
+
+
 def leaf_of(order: Tensor, leaf_size: int) -> Tensor:
     """The leaf of every token: ``[B, heads, N]`` from an order."""
     tree = Tree.of(order.shape[2], leaf_size)

@@ -23,8 +23,9 @@ WIDE_HEADS = (  # eight warps, limited to 128 registers
     *("8001 queries, 2001 keys, bf16, 72", "784 queries, 196 keys, bf16, 128"),
 )
 SPILLED = {  # bytes of a thread; 0 where nothing stands
-    **{(chip, "196 tokens, bf16, 96", "streamed_attention_backward_query"): 16 for chip in (86, 89)},
-    **{(chip, "196 tokens, bf16, 96", "streamed_attention_backward_key"): 8 for chip in (86, 89, 120)},
+    **{(chip, "196 tokens, bf16, 96", "streamed_attention_backward_query"): 16 for chip in (86, 89, 120)},
+    **{(chip, "196 tokens, bf16, 96", "streamed_attention_backward_key"): 8 for chip in (80, 86, 89)},
+    (120, "196 tokens, bf16, 96", "streamed_attention_backward_key"): 16,
     **{(90, case, "relative_gradients"): 8 for case in WIDE_HEADS},
     (100, "1569 queries, 393 keys, bf16, 96", "relative_gradients"): 8,
     (80, "196 queries, 196 keys, fp32, 96", "attention_forward"): 248,  # products without tensor cores
@@ -62,7 +63,7 @@ def test_budgets(report, chip):
     spilled = {(chip, row.case, row.name): row.spilled for row in rows if row.spilled}
     assert {key: size for key, size in spilled.items() if size > SPILLED.get(key, 0)} == {}
     for row in rows:
-        assert row.blocks > 0 and row.shared <= SHARED[chip] * 1024, row
+        assert row.blocks > 0 and row.shared <= SHARED[chip] * 1024 and not row.unfenced, row
         if "attention" in row.name or "pool" in row.name:
             assert row.widest == 16, row
         if "pool" in row.name:  # rows stay with their threads; twelve or sixteen warps fit a processor
@@ -73,8 +74,10 @@ def test_budgets(report, chip):
 def test_the_main_path_on_hopper(report):
     rows = {(row.case, row.name): row for row in compiled(report, 90)}
     forward, backward = (rows["49 tokens, bf16, 32", f"partition_attention_{way}"] for way in ("forward", "backward"))
-    assert forward.blocks == 4 and forward.behind >= 23 * 1024  # bytes that keep the memory busy while it computes
-    assert backward.blocks == 2 and backward.behind >= 23 * 1024
+    # Bytes that keep the memory busy. They are not behind computation: this compiler sets no fence for rows that come
+    # to shared memory meanwhile, so that none do.
+    assert forward.blocks == 4 and forward.in_flight >= 23 * 1024
+    assert backward.blocks == 2 and backward.in_flight >= 16 * 1024
     forward, backward = (rows["leaves of 49, bf16, 32", f"cluster_attention_{way}"] for way in ("forward", "backward"))
     assert forward.warps == 4 and forward.registers <= 96
     assert backward.warps == 4 and backward.registers <= 168

@@ -7,7 +7,7 @@ import functools
 import pytest
 import torch
 from conftest import assert_graph_replays, sparse
-from contract import assert_contract, outputs_and_gradients
+from contract import assert_blind, assert_contract, blind_inputs, outputs_and_gradients
 
 import vitkernels
 from vitkernels import balanced_clusters, cluster_attention, feature_space_attention
@@ -126,6 +126,16 @@ def test_strides_and_orders(backend):
             expected = cluster_attention(*triple, order, leaf_size=12, overlap=5, backend="reference")
             got = cluster_attention(*triple, order, leaf_size=12, overlap=5, backend=backend)
             torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("leaf_size", [8, 100])
+@pytest.mark.parametrize("backend", [cpu, gpu, "reference"])
+def test_a_blind_query(leaf_size, backend):
+    inputs = [x.to(DEVICE[backend]) for x in blind_inputs(1, 100, 2, 8)]
+    order = torch.arange(100, dtype=torch.int32, device=DEVICE[backend]).expand(1, 2, -1)
+    arguments = dict(leaf_size=leaf_size, overlap=3, backend=backend)
+    attend = functools.partial(cluster_attention, order=order, **arguments)
+    assert_blind(*outputs_and_gradients(attend, inputs, inputs[2]))
 
 
 @compiled

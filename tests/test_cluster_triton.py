@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 from conftest import TRITON_REFUSAL, sparse
-from contract import assert_contract
+from contract import assert_blind, assert_contract, blind_inputs
 from guarded import assert_exits_well
 from torch import Tensor
 
@@ -110,6 +110,15 @@ def test_strides(tokens, leaf_size, device):
     plain[3] = odd[3].contiguous()
     for a, b in zip(run(*odd, order, leaf_size, 3), run(*plain, order.contiguous(), leaf_size, 3)):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("leaf_size", [8, 100])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter
+def test_a_blind_query(leaf_size, device):
+    inputs = [x.to(device) for x in blind_inputs(1, 100, 2, 8)]
+    order = torch.arange(100, dtype=torch.int32, device=device).expand(1, 2, -1)
+    out, dqkv = run(*inputs, inputs[2], order, leaf_size, 3)
+    assert_blind(out, *dqkv.unbind(2))
 
 
 def test_one_hot_softmax_gathers_exactly(device):

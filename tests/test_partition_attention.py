@@ -187,6 +187,58 @@ def test_nan_stays_in_its_group(partition, backend):
         assert got[0][touched][:, 1].isnan().any()
 
 
+BLIND = {  # partition, height, width; the last: groups wholly outside the map
+    "one tile": (Partition.window(4), 6, 7),
+    "streamed": (Partition.window((9, 8)), 10, 9),
+    "shifted": (Partition.window(4, 2), 8, 8),
+    "dilated": (Partition.long(3, (2, 4)), 7, 13),
+}
+
+
+def attend_blindly(partition, height, width, dtype, filling, attend):
+    """Output and gradients with a bias of one value but for offset (0, 0) of the second head, whose bias is 0."""
+    draw = torch.Generator().manual_seed(0)
+    qkv = torch.randn(1, height, width, 3, 2, 8, generator=draw).to(dtype)
+    gh, gw = partition.group
+    bias = torch.full((2, 2 * gh - 1, 2 * gw - 1), filling)
+    bias[1, gh - 1, gw - 1] = 0
+    return outputs_and_gradients(
+        lambda qkv, bias: attend(*qkv.unbind(3), partition, bias), [qkv, bias], qkv[..., 0, :, :]
+    ), qkv
+
+
+def assert_blind(results, qkv, filling):
+    """A head that sees nothing gives 0; one that sees the query's own place gives its value."""
+    out, dqkv, dbias = results
+    assert torch.equal(out[..., 1, :].cpu(), qkv[..., 2, 1, :]), "only the query's own place has weight"
+    assert out.isfinite().all() and dqkv.isfinite().all() and dbias.isfinite().all()
+    if filling == -torch.inf:
+        assert not out[..., 0, :].any() and not dqkv[..., 0, :].any() and not dbias[0].any()
+
+
+@pytest.mark.parametrize("filling", [-torch.inf, torch.finfo(torch.float32).min], ids=["-inf", "lowest"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", BLIND)
+@pytest.mark.parametrize("backend", [cpu, gpu, "reference"])
+def test_blind_queries(case, dtype, filling, backend):
+    def attend(*args):
+        return partition_attention(*(x.to(DEVICE.get(backend, "cpu")) for x in args[:3]), *args[3:], backend=backend)
+
+    results, qkv = attend_blindly(*BLIND[case], dtype, filling, attend)
+    assert_blind(results, qkv, filling)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", [cpu, gpu, "reference"])
+def test_the_lowest_bias_gives_no_weight_to_places_outside(backend, dtype):
+    qkv = torch.ones(1, 8, 8, 3, 1, 8, dtype=dtype, device=DEVICE.get(backend, "cpu"))
+    for partition in (Partition.window(7), Partition.window((9, 10))):
+        gh, gw = partition.group
+        bias = torch.full((1, 2 * gh - 1, 2 * gw - 1), torch.finfo(torch.float32).min, device=qkv.device)
+        out = partition_attention_qkvpacked(qkv, partition, bias, backend=backend)
+        torch.testing.assert_close(out, torch.ones_like(out))
+
+
 @compiled
 @pytest.mark.parametrize("shape", [(0, 7, 7, 2, 32), (2, 0, 7, 2, 32), (2, 7, 0, 2, 32), (2, 7, 7, 0, 32)])
 @pytest.mark.parametrize("chosen", [None, "reference"])
@@ -522,6 +574,27 @@ def test_a_forced_backend_refuses_and_says_why(monkeypatch):
     assert torch.equal(partition_attention(Q, Q, Q, Partition(7)), expected), (
         "a CPU without the library runs the reference"
     )
+
+
+@pytest.fixture
+def rocm(monkeypatch):
+    """A build of torch for AMD GPUs, which stand as CUDA devices there."""
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+def test_amd_gpus_run_the_reference_visibly(rocm):
+    device = torch.device("cuda", 0)
+    for gpu in ("triton", "cuda"):
+        assert vitkernels._dispatch.select("an operator", device, None, gpu=gpu) == "reference"
+    with pytest.raises(RuntimeError, match="triton cannot run an operator: .*NVIDIA.*ROCm.*backend='reference'"):
+        vitkernels._dispatch.select("an operator", device, "triton")
+    with vitkernels.use_backend("triton"), pytest.raises(RuntimeError, match="ROCm"):
+        vitkernels._dispatch.select("an operator", device, None)
+    found = vitkernels.info()
+    assert "ROCm 7.0" in found["torch"] and "absent: " in found["backend triton"] and "ROCm" in found["backend triton"]
+    assert "AMD" in found["backend reference"]
 
 
 def test_info_names_every_backend_and_why_one_is_absent():

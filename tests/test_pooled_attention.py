@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_graph_replays, sparse
-from contract import assert_contract, outputs_and_gradients
+from contract import assert_blind, assert_contract, blind_inputs, outputs_and_gradients
 
 import vitkernels
 from vitkernels import pooled_attention
@@ -224,6 +224,13 @@ def test_strides(backend):
     for triple in ((q, k, v), (head_major, k, twisted), (q, k[:, :1].expand_as(q), v), (twisted, head_major, q)):
         expected = run(case, "reference", *triple, *tables)
         torch.testing.assert_close(run(case, backend, *triple, *tables), expected)
+
+
+@pytest.mark.parametrize("backend", [cpu, gpu, "reference", "sdpa"])
+def test_a_blind_query(backend):
+    inputs = [x.to(DEVICE[backend]) for x in blind_inputs(1, 36, 2, 8)]
+    attend = functools.partial(pooled_attention, q_thw=(6, 6), k_thw=(6, 6), backend=backend)
+    assert_blind(*outputs_and_gradients(attend, inputs, inputs[2]))
 
 
 @compiled

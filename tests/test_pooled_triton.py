@@ -10,7 +10,7 @@ import random
 import pytest
 import torch
 from conftest import TRITON_REFUSAL, sparse
-from contract import assert_contract
+from contract import assert_blind, assert_contract, blind_inputs
 from guarded import assert_exits_well
 from torch import Tensor
 
@@ -182,6 +182,14 @@ def test_strides(device):
     plain[3] = odd[3].contiguous()
     for a, b in zip(run(*odd, positions, *maps), run(*plain, positions, *maps)):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter
+def test_a_blind_query(device):
+    inputs = [x.to(device) for x in blind_inputs(1, 36, 2, 8)]
+    thw = (1, 6, 6)
+    out, dq, dk, dv, *_ = run(*inputs, inputs[2], [None] * 6, thw, thw, 0, residual=0)
+    assert_blind(out, dq, dk, dv)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

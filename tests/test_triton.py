@@ -18,6 +18,7 @@ if TRITON_REFUSAL is not None:
 import triton
 import triton.language as tl
 from test_partition import random_partitions
+from test_partition_attention import BLIND, assert_blind, attend_blindly
 
 from vitkernels import Partition
 from vitkernels._triton import Geometry, group_start, group_tokens
@@ -228,6 +229,26 @@ def test_same_bits_every_run(side, device):
         out = attend(*leaves[0].unbind(3), partition, leaves[1], None)
         runs.append([out, *torch.autograd.grad(out, leaves, dout)])
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run))
+
+
+@pytest.mark.parametrize("filling", [-torch.inf, torch.finfo(torch.float32).min], ids=["-inf", "lowest"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", BLIND)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter
+def test_blind_queries(case, dtype, filling, device):
+    def blindly(q, k, v, partition, bias):
+        return attend(*(x.to(device) for x in (q, k, v)), partition, bias.to(device), None)
+
+    results, qkv = attend_blindly(*BLIND[case], dtype, filling, blindly)
+    assert_blind(results, qkv, filling)
+
+
+def test_the_lowest_bias_gives_no_weight_to_places_outside(device):
+    for partition in (Partition.window(7), Partition.window((9, 10))):
+        ones = torch.ones(1, 8, 8, 1, 8, device=device)
+        gh, gw = partition.group
+        bias = torch.full((1, 2 * gh - 1, 2 * gw - 1), torch.finfo(torch.float32).min, device=device)
+        torch.testing.assert_close(attend(ones, ones, ones, partition, bias, None), ones)
 
 
 @pytest.mark.parametrize("poisoned", ["q", "k", "v"])

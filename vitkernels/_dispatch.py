@@ -126,6 +126,8 @@ def operator(name: str, backend: str, device: torch.device) -> Callable:
 
 def _triton_absent() -> str | None:
     """Why no Triton kernel can run here, or None."""
+    if torch.version.hip and not interpreted():
+        return f"the kernels are compiled for NVIDIA GPUs only, and torch {torch.__version__} is built for AMD's (ROCm)"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (it comes with CUDA builds of torch on Linux; otherwise: pip install triton)"
     if not torch.cuda.is_available() and not interpreted():
@@ -228,11 +230,11 @@ def asked(backend: str | None, gpu: str = "triton") -> str | None:
 
 
 def default(device: torch.device, gpu: str) -> str:
-    """CUDA tensors: ``gpu``; without its library, which is an option when vitkernels is built, the reference. CPU
-    tensors: C++ if it is built, else the reference. Other devices: the reference.
+    """CUDA tensors: ``gpu``; the reference without the CUDA library, which is an option when vitkernels is built, and
+    on AMD GPUs. CPU tensors: C++ if it is built, else the reference. Other devices: the reference.
     """
     if device.type == "cuda":
-        return "reference" if gpu == "cuda" and absent(gpu) else gpu
+        return "reference" if (gpu == "cuda" or torch.version.hip) and absent(gpu) else gpu
     return "cpu" if device.type == "cpu" and _native.cpu.available else "reference"
 
 
@@ -309,8 +311,9 @@ def info() -> Info:
     found = Info()
     found["vitkernels"] = _version("vitkernels")
     found["python"] = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
-    found["torch"] = f"{torch.__version__}" + (f", CUDA {torch.version.cuda}" if torch.version.cuda else "")
-    found["triton"] = _version("triton")
+    platforms = (("CUDA", torch.version.cuda), ("ROCm", torch.version.hip))
+    found["torch"] = ", ".join([torch.__version__, *(f"{name} {version}" for name, version in platforms if version)])
+    found["triton"] = _version("triton") + _prefetch()
     found["threads"] = str(torch.get_num_threads())
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     found["CUDA devices"] = ", ".join(devices) or "none"
@@ -320,8 +323,22 @@ def info() -> Info:
     return found
 
 
+def _prefetch() -> str:
+    """What the installed Triton costs on the GPUs that are here."""
+    if absent("triton") or not torch.cuda.is_available():
+        return ""
+    from ._triton import unfenced
+
+    devices = range(torch.cuda.device_count())
+    slow = [i for i in devices if unfenced(10 * (found := torch.cuda.get_device_capability(i))[0] + found[1])]
+    where = " and ".join(torch.cuda.get_device_name(i) for i in slow)
+    return f": prefetch is off on {where}; 3.7.1 or later has it" if slow else ""
+
+
 def _consequence(backend: str) -> str:
     """What runs instead of an absent backend where its absence costs time."""
+    if backend == "triton" and torch.version.hip:
+        return "; operators run on these GPUs as PyTorch operations, the reference, the slow way"
     if backend == "cuda" and torch.cuda.is_available():
         return "; balanced_clusters runs on CUDA tensors as batched PyTorch operations, the slow way"
     return ""
@@ -336,6 +353,7 @@ def _describe(backend: str) -> str:
         return "available, the default of pooled_attention on GPUs (and large maps on CPUs) without relative positions"
     if backend == "cpu":
         return f"available, the default for CPU tensors; vectors: {_native.capability()}"
-    return "available" + (
-        "" if _native.cpu.available else ", the default for CPU tensors while the C++ library is absent"
-    )
+    defaults = [] if _native.cpu.available else ["CPU tensors while the C++ library is absent"]
+    if torch.version.hip:
+        defaults.append("CUDA tensors, which here are on AMD GPUs")
+    return "available" + (f", the default for {' and for '.join(defaults)}" if defaults else "")

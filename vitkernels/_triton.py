@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from torch import Tensor
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 LOG2E = tl.constexpr(1.4426950408889634)
+LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 LARGEST_HEAD = 128  # elements
 SHIFT_PENALTY = tl.constexpr(-100.0)  # added to the logit of a pair that only the shift brought together
 
@@ -246,10 +248,11 @@ def load_columns(rows, image, head, tokens, SPEC: tl.constexpr):  # [D, N]
     """`load_rows`, transposed: by the order of the loads where tensor cores cannot do it."""
     if SPEC.SWAPS:
         return tl.trans(load_rows(rows, image, head, tokens, SPEC))
-    base, starts = _row_starts(rows, image, head, tokens, SPEC, 0)
-    o_d = tl.arange(0, SPEC.BLOCK_D)
-    mask = tokens.inside[None, :] & (o_d < SPEC.D)[:, None]
-    return tl.load(base + starts[None, :] + o_d[:, None], mask=mask, other=0.0)
+    else:
+        base, starts = _row_starts(rows, image, head, tokens, SPEC, 0)
+        o_d = tl.arange(0, SPEC.BLOCK_D)
+        mask = tokens.inside[None, :] & (o_d < SPEC.D)[:, None]
+        return tl.load(base + starts[None, :] + o_d[:, None], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -270,7 +273,7 @@ def store_rows(rows, image, head, tokens, value, SPEC: tl.constexpr, part=0):  #
 
 @triton.jit
 def pair_bias(p_table, o_query, o_key, geometry):
-    """Bias of pairs of tokens, from the table of a head: the offset is query minus key. Zero beyond the group.
+    """Bias of pairs, times log2(e), from the table of a head: the offset is query minus key. Zero beyond the group.
 
     The numbers of queries and of keys broadcast: queries are the rows or the columns of the tile.
     """
@@ -278,16 +281,17 @@ def pair_bias(p_table, o_query, o_key, geometry):
     query = o_query // geometry.group_w * side + o_query % geometry.group_w
     key = o_key // geometry.group_w * side + o_key % geometry.group_w
     centre = (geometry.group_h - 1) * side + geometry.group_w - 1
-    return tl.load(p_table + (centre + query - key), mask=(o_query < tokens) & (o_key < tokens), other=0.0)
+    bias = tl.load(p_table + (centre + query - key), mask=(o_query < tokens) & (o_key < tokens), other=0.0)
+    return tl.where((bias >= LOWEST) & (bias * LOG2E < LOWEST), LOWEST, bias * LOG2E)  # what is finite stays finite
 
 
 @triton.jit
 def pair_logits(products, bias, rows, columns, scale, geometry):  # [M, N]
-    """Logits from q k^T."""
-    logits = products * scale + bias
+    """Logits from q k^T, times log2(e): weights are powers of 2, and what is taken from a logit is exact."""
+    logits = products * (scale * LOG2E) + bias
     if geometry.shifted:
         apart = rows.wrapped[:, None] != columns.wrapped[None, :]
-        logits += tl.cast(apart, logits.dtype) * SHIFT_PENALTY
+        logits += tl.cast(apart, logits.dtype) * (SHIFT_PENALTY * LOG2E)
     return logits
 
 
@@ -295,6 +299,24 @@ def pair_logits(products, bias, rows, columns, scale, geometry):  # [M, N]
 def hide(logits, keys):  # [M, N]
     """-inf for keys (columns) outside the map."""
     return tl.where(keys.inside[None, :], logits, float("-inf"))
+
+
+@triton.jit
+def base_of(highest):  # [N]
+    """What is taken from the logits of a row: the highest; 0 where all are -inf, which weigh nothing then."""
+    return tl.where(highest == float("-inf"), 0.0, highest)
+
+
+@triton.jit
+def divisor(total):  # [N]
+    """What the weights of a row are divided by: their sum; 1 where there are none."""
+    return tl.where(total == 0.0, 1.0, total)
+
+
+@triton.jit
+def log_sum(highest, total):  # [N]
+    """log2 of a sum of powers of 2; inf where there are none, which weigh nothing in the backward either."""
+    return tl.where(total == 0.0, float("inf"), highest + tl.log2(total))
 
 
 @triton.jit
@@ -328,6 +350,20 @@ def processors(device: torch.device) -> int:
 def capability(device: torch.device) -> int:
     """Of the current device, which is ``device``: 90 for compute capability 9.0."""
     return triton.runtime.driver.active.get_current_target().arch
+
+
+def unfenced(capability: int) -> bool:
+    """Whether tensor cores could read rows that are fetched ahead before they are there: those of sm_90 to sm_119 read
+    shared memory past the order of a thread's copies, unless the compiler fences them, as Triton does from 3.7.1 on.
+    """
+    return 90 <= capability < 120 and tuple(map(int, re.findall(r"\d+", triton.__version__)[:3])) < (3, 7, 1)
+
+
+def launch(kernel, programs: int, device: torch.device, *arguments, **keywords) -> None:
+    """Start so many programs, with settings that are safe on the device. All kernels start here."""
+    if not INTERPRETED and unfenced(capability(device)):
+        keywords["num_stages"] = 1
+    kernel[(programs,)](*arguments, **keywords)
 
 
 def on(device: torch.device) -> AbstractContextManager:

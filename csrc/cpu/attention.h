@@ -6,7 +6,8 @@
 
 namespace vitkernels::VITKERNELS_LEVEL {
 
-// Logits become weights; the padding holds -infinity. ROWS at a time, since one row is a chain of dependent steps.
+// Logits become weights; the padding holds -infinity, and a row of nothing else becomes 0. ROWS at a time, since one row
+// is a chain of dependent steps.
 template <class T, int ROWS>
 void softmax_tile(Matrix<T> scores, int64_t columns) {
   Vec<T> largest[ROWS], sum[ROWS];
@@ -16,7 +17,10 @@ void softmax_tile(Matrix<T> scores, int64_t columns) {
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; i++) largest[i] = max<T>(load(scores.row(i) + j), largest[i]);
 #pragma GCC unroll 16
-  for (int i = 0; i < ROWS; i++) largest[i] = max_of<T>(largest[i]), sum[i] = Vec<T>{};
+  for (int i = 0; i < ROWS; i++) {
+    T highest = max_of<T>(largest[i])[0];
+    largest[i] = broadcast(highest == T(-__builtin_inf()) ? T(0) : highest), sum[i] = Vec<T>{};
+  }
   for (int64_t j = 0; j < columns; j += LANES<T>)
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; i++) {
@@ -25,7 +29,10 @@ void softmax_tile(Matrix<T> scores, int64_t columns) {
       sum[i] += weight;
     }
 #pragma GCC unroll 16
-  for (int i = 0; i < ROWS; i++) sum[i] = broadcast(1 / sum_of<T>(sum[i])[0]);
+  for (int i = 0; i < ROWS; i++) {
+    T total = sum_of<T>(sum[i])[0];
+    sum[i] = broadcast(1 / (total == 0 ? T(1) : total));
+  }
   for (int64_t j = 0; j < columns; j += LANES<T>)
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; i++) store(scores.row(i) + j, load(scores.row(i) + j) * sum[i]);

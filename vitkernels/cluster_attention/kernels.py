@@ -17,9 +17,12 @@ from .._triton import (
     INTERPRETED,
     LOG2E,
     accumulation_dtype,
+    base_of,
     capability,
+    divisor,
     dot,
     exp,
+    launch,
     load_both,
     load_columns,
     load_rows,
@@ -42,9 +45,9 @@ __all__ = ["cluster_attention_backward", "cluster_attention_forward", "refusal"]
 @triton.jit
 def _joint_softmax(a, b):  # [M, N], [M, S] -> [M, N], [M, S], [M, 1]
     """Of the rows of two tiles: the weights, and the sums to divide them by."""
-    base = (tl.maximum(tl.max(a, 1), tl.max(b, 1)) * LOG2E)[:, None]
+    base = (base_of(tl.maximum(tl.max(a, 1), tl.max(b, 1))) * LOG2E)[:, None]
     a, b = exp(a, base), exp(b, base)
-    return a, b, (tl.sum(a, 1) + tl.sum(b, 1))[:, None]
+    return a, b, divisor(tl.sum(a, 1) + tl.sum(b, 1))[:, None]
 
 
 @triton.jit
@@ -178,7 +181,8 @@ def cluster_attention_forward(
     call = Call.of(order, leaf_size, overlap, scale, q, k, v, out)
     with on(q.device):
         if single:
-            _cluster_attention_forward[(call.leaves,)](*call.rows, **call.arguments, **_forward_settings(call))
+            settings = call.arguments | _forward_settings(call)
+            launch(_cluster_attention_forward, call.leaves, q.device, *call.rows, **settings)
         else:
             streamed.forward(call, statistic)
     return out, statistic
@@ -203,7 +207,8 @@ def cluster_attention_backward(
     call = Call.of(order, leaf_size, overlap, scale, dout, q, k, v, *dqkv.unbind(2))
     with on(q.device):
         if call.tree.largest <= SINGLE_TILE:
-            _cluster_attention_backward[(call.pairs,)](*call.rows[:5], **call.arguments, **_backward_settings(call))
+            settings = call.arguments | _backward_settings(call)
+            launch(_cluster_attention_backward, call.pairs, q.device, *call.rows[:5], **settings)
         else:
             streamed.backward(call, statistic)
     return dqkv

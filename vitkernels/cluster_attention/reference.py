@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from .._softmax import softmax
 from ..tree import Tree
 
 
@@ -85,7 +86,7 @@ def cluster_attention(
 
     q, k, v = (_rows(rearrange(x, "b n h d -> b h n d"), order) for x in (q, k, v))  # [B, heads, N, head_dim], sorted
     logits = (q[:, :, queries] * scale) @ k[:, :, keys].transpose(-1, -2)  # [B, heads, leaves, n, m]
-    logits = logits.masked_fill((keys < 0)[:, None, :], torch.finfo(logits.dtype).min)
-    out = (logits.softmax(-1) @ v[:, :, keys]).flatten(2, 3)  # [B, heads, leaves * n, head_dim]
+    weights = softmax(logits.masked_fill((keys < 0)[:, None, :], float("-inf")))
+    out = (weights @ v[:, :, keys]).flatten(2, 3)  # [B, heads, leaves * n, head_dim]
     out = out[:, :, tree.slots(tree.levels, q.device)]  # [B, heads, N, head_dim]
     return rearrange(_rows(out, order.argsort(-1)), "b h n d -> b n h d")

@@ -20,11 +20,15 @@ from .._triton import (
     Order,
     Rows,
     Spec,
+    base_of,
+    divisor,
     dot,
     exp,
+    launch,
     load_both,
     load_columns,
     load_rows,
+    log_sum,
     matmul,
     node_start,
     store_rows,
@@ -73,6 +77,7 @@ class Statistics(NamedTuple):
 
     lse: Tensor  # log2 of the sum of 2**(logits * log2(e))
     delta: Tensor  # sum of weights * their gradient
+    total: Tensor | None  # of the weights: 1 but for the rounding of lse, which only float32 and float64 show
 
 
 @triton.jit
@@ -139,6 +144,13 @@ def _load_statistics(statistics, image, head, heads, query, order):  # [M], [M]
 
 
 @triton.jit
+def _over_total(statistics, image, head, heads, query, order):  # [M]
+    """What the weights of a query that was given its lse are still to be multiplied by."""
+    p_total = _statistic_pointers(statistics.total, image, head, heads, query, order)
+    return 1 / tl.load(p_total, mask=query.inside, other=1.0)
+
+
+@triton.jit
 def _streamed_cluster_attention_forward(
     q, k, v, out, p_lse, order, heads, tiles, scale, BLOCK: tl.constexpr, STEP: tl.constexpr, SPEC: tl.constexpr
 ):
@@ -152,14 +164,15 @@ def _streamed_cluster_attention_forward(
         key = tokens_at(order, image, head, first, stop, STEP)
         logits = run_logits(b_q, load_columns(k, image, head, key, SPEC), stop - first, scale, SPEC)  # [M, N]
         higher = tl.maximum(highest, tl.max(logits, 1) * LOG2E)
-        shrink, weights = tl.exp2(highest - higher), exp(logits, higher[:, None])
+        base = base_of(higher)
+        shrink, weights = tl.exp2(highest - base), exp(logits, base[:, None])
         total = total * shrink + tl.sum(weights, 1)
         b_v = load_rows(v, image, head, key, SPEC)  # [N, D]
         b_out = dot(tl.cast(weights, b_v.dtype), b_v, b_out * shrink[:, None], SPEC.PRECISION)
         highest = higher
-    store_rows(out, image, head, query, b_out / total[:, None], SPEC)
+    store_rows(out, image, head, query, b_out / divisor(total)[:, None], SPEC)
     p_lse = _statistic_pointers(p_lse, image, head, heads, query, order)
-    tl.store(p_lse, highest + tl.log2(total), mask=query.inside)
+    tl.store(p_lse, log_sum(highest, total), mask=query.inside)
 
 
 @triton.jit
@@ -173,6 +186,7 @@ def _streamed_cluster_attention_backward_query(
     b_q, b_do = load_rows(q, image, head, query, SPEC), load_rows(dout, image, head, query, SPEC)  # [M, D]
     b_dq = zeros(BLOCK, SPEC.BLOCK_D, b_q.dtype)
     delta = tl.sum(b_dq, 1)
+    total = delta
     for PASS in tl.static_range(2):
         for first in range(start, stop, STEP):
             key = tokens_at(order, image, head, first, stop, STEP)
@@ -181,8 +195,16 @@ def _streamed_cluster_attention_backward_query(
             dweights = matmul(b_do, load_columns(v, image, head, key, SPEC), SPEC.PRECISION)
             if PASS == 0:
                 delta += tl.sum(weights * dweights, 1)
+                total += tl.sum(weights, 1)
             else:
                 b_dq = dot(tl.cast(weights * (dweights - delta[:, None]), b_k.dtype), b_k, b_dq, SPEC.PRECISION)
+        if PASS == 0 and statistics.total is not None:
+            total = divisor(total)
+            delta /= total
+    if statistics.total is not None:
+        b_dq /= total[:, None]
+        p_total = _statistic_pointers(statistics.total, image, head, heads, query, order)
+        tl.store(p_total, total, mask=query.inside)
     store_rows(dq, image, head, query, b_dq * scale, SPEC)
     p_delta = _statistic_pointers(statistics.delta, image, head, heads, query, order)
     tl.store(p_delta, delta, mask=query.inside)
@@ -202,6 +224,8 @@ def _streamed_cluster_attention_backward_key(
         lse, delta = _load_statistics(statistics, image, head, heads, query, order)
         b_q, b_qt = load_both(q, image, head, query, SPEC)  # [N, D], [D, N]
         weights = exp(matmul(b_k, b_qt, SPEC.PRECISION) * scale, lse[None, :])  # [M, N]
+        if statistics.total is not None:
+            weights *= _over_total(statistics, image, head, heads, query, order)[None, :]
         b_do, b_dot = load_both(dout, image, head, query, SPEC)
         b_dv = dot(tl.cast(weights, b_do.dtype), b_do, b_dv, SPEC.PRECISION)
         dweights = matmul(b_v, b_dot, SPEC.PRECISION)
@@ -224,7 +248,8 @@ def _settings(kernel, x: Tensor) -> dict[str, int]:
 
 
 def _launch(kernel, programs: int, *rows, call: Call, **arguments) -> None:
-    kernel[(programs,)](*rows, **arguments, **call.arguments, BLOCK=BLOCK, STEP=STEP, **_settings(kernel, call.example))
+    arguments |= call.arguments | dict(BLOCK=BLOCK, STEP=STEP) | _settings(kernel, call.example)
+    launch(kernel, programs, call.example.device, *rows, **arguments)
 
 
 def forward(call: Call, lse: Tensor) -> None:
@@ -236,8 +261,8 @@ def forward(call: Call, lse: Tensor) -> None:
 def backward(call: Call, lse: Tensor) -> None:
     """``call`` on dout, q, k, v, dq, dk and dv."""
     *inputs, dq, dk, dv = call.rows
-    statistics, tiles = Statistics(lse, torch.empty_like(lse)), triton.cdiv(call.tree.largest, BLOCK)
-    arguments = dict(call=call, statistics=statistics)
+    delta, total = torch.empty_like(lse), torch.empty_like(lse) if call.example.dtype == lse.dtype else None
+    arguments, tiles = dict(call=call, statistics=Statistics(lse, delta, total)), triton.cdiv(call.tree.largest, BLOCK)
     _launch(_streamed_cluster_attention_backward_query, call.leaves * tiles, *inputs, dq, **arguments, tiles=tiles)
     own, shared = triton.cdiv(call.tree.largest - call.overlap, BLOCK), triton.cdiv(2 * call.overlap, BLOCK)
     arguments.update(own=own, shared=shared, tiles=min(2, 1 << call.tree.levels) * own + shared)

@@ -16,14 +16,15 @@ from torch import Tensor
 
 from .._triton import (
     INTERPRETED,
-    LOG2E,
     Call,
     Geometry,
     accumulation_dtype,
+    base_of,
     capability,
-    exp,
+    divisor,
     group_tokens,
     hide,
+    launch,
     load_both,
     load_columns,
     load_rows,
@@ -94,14 +95,14 @@ def _program_bias(bias, head, geometry, BLOCK: tl.constexpr):  # [M, N]
     """The bias of all pairs of this program's head, from the table or from the MLP."""
     if bias.tiles is None:
         return tl.zeros((1, 1), tl.float32)
-    size = (2 * geometry.group_h - 1) * (2 * geometry.group_w - 1)
-    if bias.table is None:
-        p_table = bias.tiles + tl.cast(tl.program_id(0), tl.int64) * (BLOCK * BLOCK)
-        _evaluate(bias, p_table, head, geometry)
     else:
-        p_table = bias.table + head * size
-    o_token = tl.arange(0, BLOCK)
-    return pair_bias(p_table, o_token[:, None], o_token[None, :], geometry)
+        if bias.table is None:
+            p_table = bias.tiles + tl.cast(tl.program_id(0), tl.int64) * (BLOCK * BLOCK)
+            _evaluate(bias, p_table, head, geometry)
+        else:
+            p_table = bias.table + head * (2 * geometry.group_h - 1) * (2 * geometry.group_w - 1)
+        o_token = tl.arange(0, BLOCK)
+        return pair_bias(p_table, o_token[:, None], o_token[None, :], geometry)
 
 
 @triton.jit
@@ -123,8 +124,8 @@ def _partition_attention_forward(
         logits = pair_logits(products, b_bias, tokens, tokens, scale, geometry)
         if geometry.ragged:
             logits = hide(logits, tokens)
-        weights = exp(logits, (tl.max(logits, 1) * LOG2E)[:, None])
-        b_out = matmul(tl.cast(weights, b_v.dtype), b_v, SPEC.PRECISION) / tl.sum(weights, 1)[:, None]
+        weights = tl.exp2(logits - base_of(tl.max(logits, 1))[:, None])
+        b_out = matmul(tl.cast(weights, b_v.dtype), b_v, SPEC.PRECISION) / divisor(tl.sum(weights, 1))[:, None]
         store_rows(out, image, head, tokens, b_out, SPEC)
 
 
@@ -154,8 +155,8 @@ def _partition_attention_backward(
         b_k, b_kt = load_both(k, image, head, tokens, SPEC)  # [N, D], [D, N]
         products = matmul(b_q, b_kt, SPEC.PRECISION)  # [M, N]
         logits = hide(pair_logits(products, b_bias, tokens, tokens, scale, geometry), tokens)
-        weights = exp(logits, (tl.max(logits, 1) * LOG2E)[:, None])
-        weights *= (1 / tl.sum(weights, 1))[:, None]
+        weights = tl.exp2(logits - base_of(tl.max(logits, 1))[:, None])
+        weights *= (1 / divisor(tl.sum(weights, 1)))[:, None]
         b_do = load_rows(dout, image, head, tokens, SPEC)  # [M, D]
         b_dv = matmul(tl.trans(tl.cast(weights, b_do.dtype)), b_do, SPEC.PRECISION)
         store_rows(dqkv, image, head, tokens, b_dv, SPEC, 2 * heads * SPEC.D)
@@ -245,7 +246,8 @@ def _launch(kernel, call: Call, bias: Tensor | None, mlp: list[Tensor], residual
     if bias is not None or mlp:
         tiles = x.new_empty(workers, call.heads, tile, tile, dtype=accumulation_dtype(x))
     source = Bias.of(bias, mlp, residual, tiles)
-    kernel[(workers * call.heads,)](*rows, bias=source, tasks=call.tasks, BLOCK=tile, **call.arguments, **settings)
+    settings |= call.arguments | dict(bias=source, tasks=call.tasks, BLOCK=tile)
+    launch(kernel, workers * call.heads, x.device, *rows, **settings)
     return tiles
 
 
@@ -254,9 +256,8 @@ def _fold(partial: Tensor, dbias: Tensor, geometry: Geometry) -> None:
     parts, heads, side, _ = partial.shape
     offsets, lanes = (64, 128) if INTERPRETED else (1, 1024)  # the interpreter's cost is its number of programs
     programs = heads * triton.cdiv(dbias[0].numel(), offsets)
-    _fold_bias_gradient[(programs,)](
-        partial, dbias, geometry, parts, heads, SIDE=side, OFFSETS=offsets, LANES=lanes, num_warps=4
-    )
+    arguments = partial, dbias, geometry, parts, heads
+    launch(_fold_bias_gradient, programs, partial.device, *arguments, SIDE=side, OFFSETS=offsets, LANES=lanes)
 
 
 def _check_form(mlp: list[Tensor], tokens: int) -> None:

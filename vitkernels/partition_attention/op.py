@@ -156,7 +156,9 @@ def partition_attention(
     """Multi-head attention inside every group of a partition of the token map, as one fused operator.
 
     ``softmax(scale * q k^T + bias) v`` over the tokens of each group; nothing is copied into windows and back, and no
-    score matrix is stored. Places of a group outside the map weigh exactly 0.
+    score matrix is stored. Places of a group outside the map weigh exactly 0, whatever the bias. A bias of -inf gives
+    weight 0; a query whose every key has a logit of -inf has output 0 and gradients of 0, as in PyTorch's
+    ``scaled_dot_product_attention``. NaN stays NaN.
 
     Args:
         q, k, v: ``[B, H, W, heads, head_dim]``, float32, float64, float16 or bfloat16, any strides (views of a fused

@@ -6,6 +6,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from .._softmax import softmax
 from ..partition import Partition
 
 # added to the logit of a pair of tokens that only the cyclic shift brought together, as every published Swin does
@@ -18,6 +19,12 @@ def relative_position_index(group: tuple[int, int], device=None) -> Tensor:
     token = torch.arange(gh * gw, device=device)
     y, x = token // gw, token % gw
     return (y[:, None] - y + gh - 1) * (2 * gw - 1) + (x[:, None] - x + gw - 1)
+
+
+def _narrowed(bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """In ``dtype``; what is finite stays finite."""
+    narrow = bias.to(dtype)
+    return narrow.masked_fill((narrow == float("-inf")) & (bias > float("-inf")), torch.finfo(dtype).min)
 
 
 def partition_attention(
@@ -37,14 +44,11 @@ def partition_attention(
     logits = (q * scale) @ k.transpose(-1, -2)  # [B, groups, heads, N, N]
     if bias is not None:
         index = relative_position_index(partition.group, bias.device)
-        logits = logits + bias.to(logits.dtype).flatten(1)[:, index]
+        logits = logits + _narrowed(bias, logits.dtype).flatten(1)[:, index]
     if any(partition.shift):
         over = partition.wrapped(height, width, q.device)
         apart = (over[:, :, None] != over[:, None, :]).any(-1)  # [groups, N, N]
         logits = logits + SHIFT_PENALTY * apart[:, None].to(logits.dtype)
     outside = partition.index(height, width, q.device) < 0  # [groups, N]
-    # the lowest finite value, not -inf: weight exactly 0 beside any key of the map, and finite where a whole group
-    # lies outside
-    logits = logits.masked_fill(outside[:, None, None, :], torch.finfo(logits.dtype).min)
-    out = logits.softmax(-1) @ v
+    out = softmax(logits.masked_fill(outside[:, None, None, :], float("-inf"))) @ v
     return partition.merge(rearrange(out, "b g h n d -> b g n h d"), height, width)

@@ -16,16 +16,18 @@ from torch import Tensor
 
 from .._triton import (
     INTERPRETED,
-    LOG2E,
     Call,
+    base_of,
     capability,
+    divisor,
     dot,
-    exp,
     group_tokens,
     hide,
+    launch,
     load_both,
     load_columns,
     load_rows,
+    log_sum,
     matmul,
     pair_bias,
     pair_logits,
@@ -43,6 +45,7 @@ class Statistics(NamedTuple):
 
     lse: Tensor  # log2 of the sum of 2**(logits * log2(e))
     delta: Tensor  # sum of weights * their gradient
+    total: Tensor | None  # of the weights: 1 but for the rounding of lse, which only float32 and float64 show
 
 
 @triton.jit
@@ -60,8 +63,9 @@ def _bias(p_table, head, o_query, o_key, geometry):
     """The bias of a tile of pairs, or of none."""
     if p_table is None:
         return 0.0
-    size = (2 * geometry.group_h - 1) * (2 * geometry.group_w - 1)
-    return pair_bias(p_table + tl.cast(head, tl.int64) * size, o_query, o_key, geometry)
+    else:
+        size = (2 * geometry.group_h - 1) * (2 * geometry.group_w - 1)
+        return pair_bias(p_table + tl.cast(head, tl.int64) * size, o_query, o_key, geometry)
 
 
 @triton.jit
@@ -80,6 +84,13 @@ def _load_statistics(statistics, image, head, heads, query, geometry):  # [M], [
 
 
 @triton.jit
+def _over_total(statistics, image, head, heads, query, geometry):  # [M]
+    """What the weights of a query that was given its lse are still to be multiplied by."""
+    p_total = _statistic_pointers(statistics.total, image, head, heads, query, geometry)
+    return 1 / tl.load(p_total, mask=query.inside, other=1.0)
+
+
+@triton.jit
 def _streamed_attention_forward(
     q, k, v, out, p_table, p_lse, geometry, heads, scale, BLOCK: tl.constexpr, STEP: tl.constexpr, SPEC: tl.constexpr
 ):
@@ -95,15 +106,16 @@ def _streamed_attention_forward(
         products = matmul(b_q, load_columns(k, image, head, key, SPEC), SPEC.PRECISION)  # [M, N]
         bias = _bias(p_table, head, o_query[:, None], o_key[None, :], geometry)
         logits = hide(pair_logits(products, bias, query, key, scale, geometry), key)
-        higher = tl.maximum(highest, tl.max(logits, 1) * LOG2E)  # finite: a group's first token lies inside the map
-        shrink, weights = tl.exp2(highest - higher), exp(logits, higher[:, None])
+        higher = tl.maximum(highest, tl.max(logits, 1))
+        base = base_of(higher)
+        shrink, weights = tl.exp2(highest - base), tl.exp2(logits - base[:, None])
         total = total * shrink + tl.sum(weights, 1)
         b_v = load_rows(v, image, head, key, SPEC)  # [N, D]
         b_out = dot(tl.cast(weights, b_v.dtype), b_v, b_out * shrink[:, None], SPEC.PRECISION)
         highest = higher
-    store_rows(out, image, head, query, b_out / total[:, None], SPEC)
+    store_rows(out, image, head, query, b_out / divisor(total)[:, None], SPEC)
     p_lse = _statistic_pointers(p_lse, image, head, heads, query, geometry)
-    tl.store(p_lse, highest + tl.log2(total), mask=query.inside)
+    tl.store(p_lse, log_sum(highest, total), mask=query.inside)
 
 
 @triton.jit
@@ -117,6 +129,7 @@ def _streamed_attention_backward_query(
     b_q, b_do = load_rows(q, image, head, query, SPEC), load_rows(dout, image, head, query, SPEC)  # [M, D]
     b_dq = zeros(BLOCK, SPEC.BLOCK_D, b_q.dtype)
     delta = tl.sum(b_dq, 1)
+    total = delta
     for PASS in tl.static_range(2):
         for first in range(0, geometry.group_h * geometry.group_w, STEP):
             o_key = first + tl.arange(0, STEP)
@@ -125,12 +138,20 @@ def _streamed_attention_backward_query(
             products = matmul(b_q, b_kt, SPEC.PRECISION)  # [M, N]
             bias = _bias(p_table, head, o_query[:, None], o_key[None, :], geometry)
             logits = hide(pair_logits(products, bias, query, key, scale, geometry), key)
-            weights = exp(logits, lse[:, None])
+            weights = tl.exp2(logits - lse[:, None])
             dweights = matmul(b_do, load_columns(v, image, head, key, SPEC), SPEC.PRECISION)
             if PASS == 0:
                 delta += tl.sum(weights * dweights, 1)
+                total += tl.sum(weights, 1)
             else:
                 b_dq = dot(tl.cast(weights * (dweights - delta[:, None]), b_k.dtype), b_k, b_dq, SPEC.PRECISION)
+        if PASS == 0 and statistics.total is not None:
+            total = divisor(total)
+            delta /= total
+    if statistics.total is not None:
+        b_dq /= total[:, None]
+        p_total = _statistic_pointers(statistics.total, image, head, heads, query, geometry)
+        tl.store(p_total, total, mask=query.inside)
     store_rows(dq, image, head, query, b_dq * scale, SPEC)
     p_delta = _statistic_pointers(statistics.delta, image, head, heads, query, geometry)
     tl.store(p_delta, delta, mask=query.inside)
@@ -152,7 +173,9 @@ def _streamed_attention_backward_key(
         b_q, b_qt = load_both(q, image, head, query, SPEC)  # [N, D], [D, N]
         products = matmul(b_k, b_qt, SPEC.PRECISION)  # [M, N]
         bias = _bias(p_table, head, o_query[None, :], o_key[:, None], geometry)
-        weights = exp(pair_logits(products, bias, key, query, scale, geometry), lse[None, :])
+        weights = tl.exp2(pair_logits(products, bias, key, query, scale, geometry) - lse[None, :])
+        if statistics.total is not None:
+            weights *= _over_total(statistics, image, head, heads, query, geometry)[None, :]
         b_do, b_dot = load_both(dout, image, head, query, SPEC)
         b_dv = dot(tl.cast(weights, b_do.dtype), b_do, b_dv, SPEC.PRECISION)
         dweights = matmul(b_v, b_dot, SPEC.PRECISION)
@@ -184,8 +207,11 @@ def _streamed_attention_backward_bias(
         b_q, b_do = load_rows(q, image, head, query, SPEC), load_rows(dout, image, head, query, SPEC)  # [M, D]
         products = matmul(b_q, load_columns(k, image, head, key, SPEC), SPEC.PRECISION)  # [M, N]
         logits = hide(pair_logits(products, bias, query, key, scale, geometry), key)
+        if statistics.total is not None:
+            over_total = _over_total(statistics, image, head, heads, query, geometry)
+            b_do, delta = b_do * over_total[:, None], delta * over_total
         dweights = matmul(b_do, load_columns(v, image, head, key, SPEC), SPEC.PRECISION)
-        total += exp(logits, lse[:, None]) * (dweights - delta[:, None])
+        total += tl.exp2(logits - lse[:, None]) * (dweights - delta[:, None])
     line = tl.cdiv(tokens, BLOCK) * BLOCK
     p_tile = p_partial + (tl.cast(share, tl.int64) * heads + head) * line * line
     tl.store(p_tile + (tl.cast(o_query, tl.int64) * line)[:, None] + o_key[None, :], total)
@@ -208,7 +234,8 @@ def _settings(kernel, x: Tensor) -> dict[str, int]:
 
 
 def _launch(kernel, programs: int, *rows, call: Call, **arguments) -> None:
-    kernel[(programs,)](*rows, **arguments, **call.arguments, BLOCK=BLOCK, STEP=STEP, **_settings(kernel, call.example))
+    arguments |= call.arguments | dict(BLOCK=BLOCK, STEP=STEP) | _settings(kernel, call.example)
+    launch(kernel, programs, call.example.device, *rows, **arguments)
 
 
 def _programs(call: Call) -> int:
@@ -224,7 +251,8 @@ def forward(call: Call, bias: Tensor | None, lse: Tensor) -> None:
 def backward(call: Call, bias: Tensor | None, lse: Tensor) -> Tensor | None:  # [parts, heads, side, side]
     """``call`` on dout, q, k, v, dq, dk and dv; partial sums of the gradient of every pair's bias."""
     *inputs, dq, dk, dv = call.rows
-    arguments = dict(call=call, p_table=bias, statistics=Statistics(lse, torch.empty_like(lse)))
+    delta, total = torch.empty_like(lse), torch.empty_like(lse) if call.example.dtype == lse.dtype else None
+    arguments = dict(call=call, p_table=bias, statistics=Statistics(lse, delta, total))
     _launch(_streamed_attention_backward_query, _programs(call), *inputs, dq, **arguments)
     _launch(_streamed_attention_backward_key, _programs(call), *inputs, dk, dv, **arguments)
     if bias is None:

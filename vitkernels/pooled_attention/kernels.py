@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from .._triton import INTERPRETED, Rows, Spec, accumulation_dtype, capability, on, processors, refusal
+from .._triton import INTERPRETED, Rows, Spec, accumulation_dtype, capability, launch, on, processors, refusal
 from . import positions, streamed
 from .positions import Layout
 
@@ -81,9 +81,9 @@ class Call(NamedTuple):
 
     def launch(self, kernel, planes: int, tokens: int, *rows, crowded: bool = False, **arguments) -> None:
         """A program for every head and every tile of ``tokens`` of a plane."""
-        settings = _settings(self.rows[0].pointer, crowded)
+        settings, device = _settings(self.rows[0].pointer, crowded), self.rows[0].pointer.device
         programs = planes * triton.cdiv(tokens, settings["BLOCK"]) * self.sizes.heads
-        kernel[(programs,)](*rows, **arguments, **self.arguments, **settings)
+        launch(kernel, programs, device, *rows, **arguments, **self.arguments, **settings)
 
 
 def pooled_attention_forward(

@@ -28,6 +28,7 @@ from .._triton import (
     Tokens,
     _row_starts,
     accumulation_dtype,
+    launch,
     on,
     processors,
     refusal,
@@ -576,7 +577,8 @@ def pool_tokens_forward(
         run, warps = call.longest(2 if call.heavy else 4), 16 if call.whole else 12
         tasks, arguments = call.tiling(pooling.pooled, run, call.part, warps)
         norm = norm_weight, norm_bias
-        _pool_tokens_forward[(tasks,)](call.rows(x), call.rows(out), call.taps, norm, EPS=eps, **arguments)
+        inputs = call.rows(x), call.rows(out), call.taps, norm
+        launch(_pool_tokens_forward, tasks, x.device, *inputs, EPS=eps, **arguments)
     return out
 
 
@@ -591,7 +593,7 @@ def _backward_pooled(call: Call, dout, x, dpooled, winner, norm_weight: Tensor |
     programs = call.programs(tasks, warps, arguments)
     partial = dnorm.new_empty(programs, *dnorm.shape)
     inputs = dout, x, dpooled, winner, call.taps, norm_weight, partial
-    _pool_tokens_backward_pooled[(programs,)](*inputs, tasks=tasks, EPS=eps, **arguments)
+    launch(_pool_tokens_backward_pooled, programs, dnorm.device, *inputs, tasks=tasks, EPS=eps, **arguments)
     if norm_weight is not None:
         torch.sum(partial, 0, out=dnorm)
 
@@ -605,7 +607,7 @@ def _backward_taps(call: Call, dpooled, x, dweight: Tensor) -> None:
     workers = max(1, call.programs(tasks * together, 12, arguments) // together)
     partial = dweight.new_empty(workers, *dweight.shape[::-1])
     arguments.update(tasks=tasks, groups=groups, LINES=lines)
-    _pool_tokens_backward_taps[(workers * together,)](dpooled, x, partial, **arguments)
+    launch(_pool_tokens_backward_taps, workers * together, dweight.device, dpooled, x, partial, **arguments)
     torch.sum(partial, 0, out=dweight.t())
 
 
@@ -644,5 +646,5 @@ def pool_tokens_backward(
         lattice = [triton.cdiv(n, s) for n, s in zip(thw, stride)]
         tasks, arguments = call.tiling(lattice, 2 if maximum else 4, call.part, 16)
         programs = tasks * math.prod(stride) * arguments["PARTS"]
-        _pool_tokens_backward_input[(programs,)](*rows[2:], call.taps, **arguments)
+        launch(_pool_tokens_backward_input, programs, x.device, *rows[2:], call.taps, **arguments)
     return dweight, dnorm

@@ -22,6 +22,7 @@ from .._triton import (
     Tokens,
     accumulation_dtype,
     dot,
+    launch,
     load_both,
     load_columns,
     load_rows,
@@ -211,9 +212,9 @@ def forward(q: Tensor, terms: Sequence[Tensor | None], layout: Layout) -> Tensor
         maps = _heads_as_rows(q), _terms_as_rows(terms[run.term].contiguous()[None])
         spec, (rows, columns) = Spec.of(*maps), _run_columns(products, layout, run)
         tiles = triton.cdiv(run.axis.sharing, settings["BLOCK"])
-        _relative_products[(batch * run.axis.queries * tiles,)](
-            *(Rows.of(x, spec) for x in maps), rows, run.axis, tiles, SPEC=spec, COLUMNS=columns, **settings
-        )
+        arguments = *(Rows.of(x, spec) for x in maps), rows, run.axis, tiles
+        programs = batch * run.axis.queries * tiles
+        launch(_relative_products, programs, q.device, *arguments, SPEC=spec, COLUMNS=columns, **settings)
     return products
 
 
@@ -238,8 +239,7 @@ def backward(
         maps = *map(_heads_as_rows, (q, dq)), *map(_terms_as_rows, (term[None], partials[run.term]))
         spec, (rows, columns) = Spec.of(*maps), _run_columns(dproducts, layout, run)
         b_q, b_dq, b_term, b_partial = (Rows.of(x, spec) for x in maps)
-        _relative_gradients[(shares * axis.queries,)](
-            b_q, b_dq, rows, b_term, b_partial, axis, tiles, q.shape[0] * tiles, SPEC=spec, COLUMNS=columns,
-            **settings,
-        )  # fmt: skip
+        arguments = b_q, b_dq, rows, b_term, b_partial, axis, tiles, q.shape[0] * tiles
+        programs = shares * axis.queries
+        launch(_relative_gradients, programs, q.device, *arguments, SPEC=spec, COLUMNS=columns, **settings)
     return [q.new_empty(0, dtype=accumulation_dtype(q)) if x is None else x.sum(0) for x in partials]

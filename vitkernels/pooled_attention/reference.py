@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor
 
+from .._softmax import softmax
+
 
 def pool_tokens(
     x: Tensor,  # [B, N, heads, head_dim]
@@ -100,7 +102,7 @@ def pooled_attention(
     logits = (q * scale) @ k.mT  # [B, heads, Nq, Nk]
     if any(table is not None for table in tables):
         logits = logits + F.pad(_relative(q[:, :, cls:], tables, indices, q_thw, k_thw), (cls, 0, cls, 0))
-    out = logits.softmax(-1) @ v
+    out = softmax(logits) @ v
     if residual == "all":
         out = out + q
     elif residual == "all_but_cls":

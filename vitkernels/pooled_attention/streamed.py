@@ -16,7 +16,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import LOG2E, Rows, Tokens, dot, exp, load_both, load_columns, load_rows, matmul, store_rows, zeros
+from .._triton import (
+    LOG2E,
+    Rows,
+    Tokens,
+    base_of,
+    divisor,
+    dot,
+    exp,
+    load_both,
+    load_columns,
+    load_rows,
+    log_sum,
+    matmul,
+    store_rows,
+    zeros,
+)
 from .positions import Columns, one_hot
 
 
@@ -130,14 +145,15 @@ def attention_forward(
         b_kt = load_columns(k, image, head, key, SPEC)  # [D, N]
         logits = _query_logits(b_q, b_kt, relative, image, head, query, key, sizes, scale, PARTS, SPEC, COLUMNS)
         higher = tl.maximum(highest, tl.max(logits, 1) * LOG2E)
-        shrink, weights = tl.exp2(highest - higher), exp(logits, higher[:, None])  # [M, N]
+        base = base_of(higher)
+        shrink, weights = tl.exp2(highest - base), exp(logits, base[:, None])  # [M, N]
         total = total * shrink + tl.sum(weights, 1)
         b_v = load_rows(v, image, head, key, SPEC)  # [N, D]
         b_out = dot(tl.cast(weights, b_v.dtype), b_v, b_out * shrink[:, None], SPEC.PRECISION)
         highest = higher
-    b_out = _add_residual(b_out / total[:, None], b_q, query, sizes, RESIDUAL)
+    b_out = _add_residual(b_out / divisor(total)[:, None], b_q, query, sizes, RESIDUAL)
     store_rows(out, image, head, query, b_out, SPEC)
-    _store_statistic(p_lse, image, head, query, sizes, highest + tl.log2(total))
+    _store_statistic(p_lse, image, head, query, sizes, log_sum(highest, total))
 
 
 @triton.jit
@@ -145,8 +161,9 @@ def _add_residual(b_out, b_q, query, sizes, RESIDUAL: tl.constexpr):  # [M, D]
     """Of no query, of every query, or of those on the map."""
     if RESIDUAL == 0:
         return b_out
-    b_q = tl.cast(b_q, b_out.dtype)
-    return b_out + (b_q if RESIDUAL == 1 else tl.where((query.x >= sizes.cls)[:, None], b_q, 0.0))
+    else:
+        b_q = tl.cast(b_q, b_out.dtype)
+        return b_out + (b_q if RESIDUAL == 1 else tl.where((query.x >= sizes.cls)[:, None], b_q, 0.0))
 
 
 @triton.jit
@@ -180,7 +197,7 @@ def attention_backward_query(
                     taken = one_hot(key.x[:, None], o_column[None, :], relative.columns, b_k.dtype)  # [N, C]
                     b_dproducts = dot(dlogits, taken, b_dproducts, SPEC.PRECISION)
         if PASS == 0 and statistics.total is not None:
-            total = tl.where(query.inside, total, 1.0)
+            total = divisor(total)
             delta /= total
     if statistics.total is not None:
         b_dq, b_dproducts = b_dq / total[:, None], b_dproducts / total[:, None]

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import dot
+from .._triton import dot, launch
 
 EPS = tl.constexpr(1e-5)
 LARGEST = 128  # hidden width, and heads
@@ -213,9 +213,12 @@ def _layer_backward(
     _add_vector(p_gradient, tl.sum(daffine * normal, 0), P, m_old)
     _add_vector(p_gradient + P, tl.sum(daffine, 0), P, m_old)
 
-    dnormal = daffine * _vector(mlp[LAYER], P, BLOCK_P)[None, :]
+    # Selected, so that the product is rounded before its mean is taken from it: fused into the difference, it would
+    # leave its rounding where all values are alike, and rstd is large there.
+    inside = tl.arange(0, BLOCK_P)[None, :] < P
+    dnormal = tl.where(inside, daffine * _vector(mlp[LAYER], P, BLOCK_P)[None, :], 0.0)
     dz = dnormal - _mean(dnormal, P) - normal * _mean(dnormal * normal, P)
-    return tl.where(tl.arange(0, BLOCK_P)[None, :] < P, dz * rstd, 0.0)
+    return tl.where(inside, dz * rstd, 0.0)
 
 
 @triton.jit
@@ -303,8 +306,8 @@ def dynamic_position_bias_forward(mlp: Sequence[Tensor], residual: bool, group_h
     """The table ``[heads, 2Gh-1, 2Gw-1]``, in one launch."""
     mlp = tuple(parameter.contiguous() for parameter in mlp)
     table = mlp[0].new_empty(mlp[13].shape[0], 2 * group_h - 1, 2 * group_w - 1)
-    grid = (triton.cdiv(table[0].numel(), OFFSETS),)
-    _dynamic_position_bias_forward[grid](table, mlp, group_h, group_w, **_constants(mlp, residual))
+    programs, arguments = triton.cdiv(table[0].numel(), OFFSETS), (table, mlp, group_h, group_w)
+    launch(_dynamic_position_bias_forward, programs, table.device, *arguments, **_constants(mlp, residual))
     return table
 
 
@@ -316,13 +319,11 @@ def dynamic_position_bias_backward(
     sizes = tuple(parameter.numel() for parameter in mlp)
     programs = min(triton.cdiv(dtable[0].numel(), OFFSETS), PROGRAMS)
     partial = mlp[0].new_empty(programs, sum(sizes))
-    constants = _constants(mlp, residual)
-    warps = 4 if mlp[0].shape[0] <= 32 else 8
-    dtable = dtable.contiguous()
-    _dynamic_position_bias_backward[(programs,)](dtable, partial, mlp, group_h, group_w, **constants, num_warps=warps)
+    settings = _constants(mlp, residual) | dict(num_warps=4 if mlp[0].shape[0] <= 32 else 8)
+    arguments = dtable.contiguous(), partial, mlp, group_h, group_w
+    launch(_dynamic_position_bias_backward, programs, partial.device, *arguments, **settings)
     gradients = tuple(torch.empty_like(parameter) for parameter in mlp)
-    lanes = 32
-    _sum_partials[(triton.cdiv(sum(sizes), lanes),)](
-        partial, gradients, sizes, programs, sum(sizes), BLOCK_PROGRAMS=triton.next_power_of_2(programs), BLOCK=lanes
-    )
+    lanes, arguments = 32, (partial, gradients, sizes, programs, sum(sizes))
+    settings = dict(BLOCK_PROGRAMS=triton.next_power_of_2(programs), BLOCK=lanes)
+    launch(_sum_partials, triton.cdiv(sum(sizes), lanes), partial.device, *arguments, **settings)
     return list(gradients)

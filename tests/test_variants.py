@@ -1,0 +1,95 @@
+"""What every variant of the kernels must compile to, whatever the version of Triton."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import vitkernels
+
+triton = pytest.importorskip("triton")
+ROOT = Path(__file__).parents[1]
+
+
+def test_every_variant_compiles():
+    """Every option of the registered operators, given and left out, as far as the compiler's front end."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, ROOT / "benchmarks" / "ahead_of_time.py", "--chip", "80"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    assert found["launchers"] == 10 and found["switches"] > 30
+    assert found["unasked"] == [], "give `variants` in benchmarks/ahead_of_time.py what asks for these options"
+    assert found["refused"] == {}
+
+
+def jitted() -> Iterator[tuple[str, ast.FunctionDef]]:
+    for path in (ROOT / "vitkernels").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and "triton.jit" in map(ast.unparse, node.decorator_list):
+                yield f"{path.name}: {node.name}", node
+
+
+def test_nothing_follows_a_branch_that_returns():
+    """Triton compiles what stands behind `if FLAG: return`, also where the flag is known and holds."""
+    functions, behind = list(jitted()), []
+    for name, function in functions:
+        bodies = (node.body for node in ast.walk(function) if isinstance(node, (ast.FunctionDef, ast.For, ast.If)))
+        branches = (statement for body in bodies for statement in body[:-1] if isinstance(statement, ast.If))
+        behind += [name for branch in branches if any(isinstance(node, ast.Return) for node in ast.walk(branch))]
+    assert len(functions) > 80 and behind == []
+
+
+@pytest.mark.parametrize(
+    "capability, version, expected",
+    [
+        *((80, "3.6.0", False), (90, "3.6.0", True), (90, "3.7.0", True), (100, "3.6.0", True), (120, "3.6.0", False)),
+        *((90, "3.7.1", False), (100, "3.8.0+git1234567", False), (110, "3.10.0", False)),
+    ],
+)
+def test_no_prefetch_where_the_compiler_sets_no_fence(monkeypatch, capability, version, expected):
+    from vitkernels import _triton
+
+    launched = {}
+    monkeypatch.setattr(triton, "__version__", version)
+    monkeypatch.setattr(_triton, "INTERPRETED", False)
+    monkeypatch.setattr(_triton, "capability", lambda device: capability)
+    kernel = {(1,): lambda *arguments, **settings: launched.update(settings)}
+    _triton.launch(kernel, 1, torch.device("cpu"), num_stages=3)
+    assert (launched["num_stages"] == 1) == expected
+
+
+@pytest.mark.parametrize(
+    "version, expected", [("3.6.0", "prefetch is off on an H200; 3.7.1 or later has it"), ("3.7.1", "")]
+)
+def test_info_says_so(monkeypatch, version, expected):
+    monkeypatch.setattr(triton, "__version__", version)
+    for name, value in (("is_available", True), ("device_count", 1), ("get_device_name", "an H200")):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    said = vitkernels.info()["triton"]
+    assert said.endswith(expected) and ("prefetch" in said) == bool(expected)
+
+
+PTX = {  # what stands between copies and products: whether a fence is missing
+    "cp.async.ca.shared.global; cp.async.wait_group 0; bar.sync 0; wgmma.mma_async.sync.aligned.m64n64k16": True,
+    "cp.async.wait_group 0; bar.sync 0; fence.proxy.async.shared::cta; wgmma.mma_async.sync.aligned.m64n64k16": False,
+    "fence.proxy.async.shared::cta; cp.async.wait_group 0; tcgen05.mma.cta_group::1.kind::f16": True,
+    "cp.async.wait_group 0; mma.sync.aligned.m16n8k16": False,
+    "st.shared; fence.proxy.async.shared::cta; tcgen05.mma.cta_group::1.kind::f16": False,
+}
+
+
+@pytest.mark.parametrize("ptx, expected", PTX.items())
+def test_a_missing_fence_is_seen(monkeypatch, ptx, expected):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    assert importlib.import_module("kernel_report").unfenced(ptx.replace("; ", ";\n")) == expected
