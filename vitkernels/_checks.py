@@ -8,6 +8,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from ._sizes import is_size
+
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -79,7 +81,7 @@ def check_table(bias: object, q: Tensor, group: tuple[int, int]) -> None:
 def check_ints(**values: object) -> None:
     """Sizes of a layer, by name, are ints."""
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int):
+        if not is_size(value):
             raise TypeError(f"{name} must be an int, got {value!r}")
 
 

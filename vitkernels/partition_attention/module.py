@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _checks
 from .._layer import AttentionLayer, LocalPosition
-from ..partition import Partition, Size, as_pair
+from .._sizes import above, ceil_div, larger
+from ..partition import Partition, Size, as_pair, crop, pad
 from ..position_bias import DynamicPositionBias
 from .op import lsda_attention, partition_attention_qkvpacked
 
@@ -55,10 +55,12 @@ class LongShortDistanceAttention(AttentionLayer):
         self.pos = DynamicPositionBias(dim, heads, residual=residual)
 
     def _partition(self, height: int, width: int) -> Partition:
-        group = self.partition.group
-        if None not in group and (height <= group[0] or width <= group[1]):
-            return Partition.window((max(height, 1), max(width, 1)))
-        return self.partition
+        (group_h, group_w), interval = self.partition.group, self.partition.interval
+        if group_h is None or group_w is None:
+            return self.partition
+        several = above(height, group_h) * above(width, group_w)  # groups: 1, or else the map is a single one
+        group = tuple(several * g + (1 - several) * larger(n, 1) for g, n in zip((group_h, group_w), (height, width)))
+        return Partition(group, tuple(i if i is None else several * (i - 1) + 1 for i in interval))
 
     def forward(self, x: Tensor) -> Tensor:
         self._check(x)
@@ -96,11 +98,9 @@ def in_windows(
     it, and what it makes of them is cut off.
     """
     height, width = x.shape[1:3]
-    below, right = -height % window[0], -width % window[1]
-    partition = Partition.window(window, shift)
-    if not below and not right:
-        return attend(x, partition)
-    return attend(F.pad(x, (0, 0, 0, right, 0, below)), partition)[:, :height, :width]
+    padded = pad(x, *(ceil_div(n, w) * w for n, w in zip((height, width), window)))
+    out = attend(padded, Partition.window(window, shift))
+    return out if padded is x else crop(out, height, width)
 
 
 class WindowAttention(_TableAttention):
@@ -140,7 +140,7 @@ class WindowAttention(_TableAttention):
 
     def forward(self, x: Tensor) -> Tensor:
         self._check(x)
-        shift = tuple(s if n > g else 0 for s, n, g in zip(self.shift, x.shape[1:3], self.group))
+        shift = tuple(s * above(n, g) for s, n, g in zip(self.shift, x.shape[1:3], self.group))
         return self._merge(in_windows(self._attend, x, self.group, shift))
 
     def extra_repr(self) -> str:
