@@ -28,7 +28,7 @@ def pool_tokens(
     eps: float,
 ) -> Tensor:  # [B, N', heads, head_dim]
     """Every head's map through a depthwise convolution, an average or a maximum, then LayerNorm over head_dim."""
-    batch, _, heads, head_dim = x.shape
+    heads, head_dim = x.shape[2:]
     cls, x = x[:, : int(has_cls)], x[:, int(has_cls) :]
     x = x.permute(0, 2, 3, 1).flatten(0, 1).unflatten(2, thw)  # [B heads, head_dim, T, H, W]
     if maximum:
@@ -39,7 +39,7 @@ def pool_tokens(
     else:
         taps = weight.to(x.dtype).view(head_dim, 1, *kernel)
         x = F.conv3d(x, taps, stride=stride, padding=padding, groups=head_dim)
-    out = torch.cat((cls, x.flatten(2).unflatten(0, (batch, heads)).permute(0, 3, 1, 2)), 1)
+    out = torch.cat((cls, x.flatten(2).unflatten(0, (-1, heads)).permute(0, 3, 1, 2)), 1)
     if norm_weight is None:
         return out
     return F.layer_norm(out, (head_dim,), norm_weight.to(out.dtype), norm_bias.to(out.dtype), eps)
@@ -119,11 +119,11 @@ def _relative(
 ) -> Tensor:
     """What relative positions add to the logits ``[B, heads, Nq, Nk]`` of the tokens of two maps."""
     q = q.unflatten(2, q_thw)  # [B, heads, T, H, W, head_dim]
-    total = q.new_zeros(*q.shape[:5], *k_thw)
+    total = 0
     shapes = ((-1, 1, 1), (1, -1, 1), (1, 1, -1))
     for axis, table, index, shape in zip("thw", tables, indices, shapes):
         if table is not None:
             terms = F.embedding(index, table).to(q.dtype)  # [queries, keys, head_dim]
             products = einsum(q, terms, f"b n t h w d, {axis} j d -> b n t h w j")
             total = total + products.reshape(*products.shape[:5], *shape)
-    return total.flatten(5).flatten(2, 4)
+    return total.expand(-1, -1, -1, -1, -1, *k_thw).flatten(5).flatten(2, 4)
