@@ -84,8 +84,8 @@ class Groups(NamedTuple):
         mlp = [torch.empty(shape) for shape in _mlp(p, heads)] if p else []
         inputs = *qkv.unbind(3), bias, mlp, self.residual
         geometry = (self.group, self.group, 1, 1, self.shift, self.shift)
-        out, statistic = kernels.partition_attention_forward(*inputs, *geometry, 0.2)
-        kernels.partition_attention_backward(out, *inputs, statistic, *geometry, 0.2)
+        out, statistic = kernels.partition_attention_forward(*inputs, geometry, 0.2)
+        kernels.partition_attention_backward(out, *inputs, statistic, geometry, 0.2)
 
     @property
     def padding(self) -> float:

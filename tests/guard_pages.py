@@ -24,6 +24,6 @@ for partition, height, width in (
         )
         call = *qkv.unbind(3), bias, [], False
         geometry = *partition.group, *partition.interval, 0, 0
-        out, statistic = kernels.partition_attention_forward(*call, *geometry, 0.2)
+        out, statistic = kernels.partition_attention_forward(*call, geometry, 0.2)
         statistic = guarded(statistic) if statistic.numel() else statistic
-        kernels.partition_attention_backward(dout, *call, statistic, *geometry, 0.2)
+        kernels.partition_attention_backward(dout, *call, statistic, geometry, 0.2)

@@ -255,8 +255,8 @@ for height, width, heads, head_dim, partition in [
         for at in ("start", "end"):
             x = [guarded(t, at) for t in (q, k, v, bias)]
             dx = guarded(dout, at)
-            out, statistic = run.partition_attention_forward(*x, [], False, *geometry, 0.2)
-            dqkv, dbias = run.partition_attention_backward(dx, *x, [], False, statistic, *geometry, 0.2)
+            out, statistic = run.partition_attention_forward(*x, [], False, geometry, 0.2)
+            dqkv, dbias = run.partition_attention_backward(dx, *x, [], False, statistic, geometry, 0.2)
             assert all(t.isfinite().all() for t in (out, dqkv, dbias))
 for tokens, heads, head_dim, leaf_size, overlap in [
     (101, 2, 24, 12, 5), (98, 1, 32, 49, 20), (7, 3, 1, 7, 9), (9, 1, 19, 2, 2),
@@ -353,11 +353,11 @@ def test_refusals():
     q = torch.randn(1, 7, 7, 1, 8)
     run = torch.ops.vitkernels.partition_attention_forward
     with pytest.raises(RuntimeError, match="as a table"):
-        run(q, q, q, None, [torch.zeros(1)], False, 7, 7, 1, 1, 0, 0, 1.0)
+        run(q, q, q, None, [torch.zeros(1)], False, (7, 7, 1, 1, 0, 0), 1.0)
     with pytest.raises(RuntimeError, match="float32, float64, float16 or bfloat16"):
-        run(q.int(), q.int(), q.int(), None, [], False, 7, 7, 1, 1, 0, 0, 1.0)
+        run(q.int(), q.int(), q.int(), None, [], False, (7, 7, 1, 1, 0, 0), 1.0)
     with pytest.raises(RuntimeError, match="bias must be"):
-        run(q, q, q, torch.zeros(1, 3, 3), [], False, 7, 7, 1, 1, 0, 0, 1.0)
+        run(q, q, q, torch.zeros(1, 3, 3), [], False, (7, 7, 1, 1, 0, 0), 1.0)
 
 
 def test_absence_says_what_to_do(monkeypatch):

@@ -338,11 +338,11 @@ def test_opcheck(dtype, backend):
     bias = torch.randn(2, 7, 7, device=device)
     geometry = (4, 4, 2, 1, 0, 0)
     ops = torch.ops.vitkernels
-    arguments = (q, k, v, bias, [], False, *geometry, 0.25)
+    arguments = (q, k, v, bias, [], False, geometry, 0.25)
     utilities = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(ops.partition_attention_forward.default, arguments, test_utils=utilities)
     statistic = ops.partition_attention_forward(*arguments)[1]
-    arguments = (q, q, k, v, bias, [], False, statistic, *geometry, 0.25)
+    arguments = (q, q, k, v, bias, [], False, statistic, geometry, 0.25)
     torch.library.opcheck(ops.partition_attention_backward.default, arguments, test_utils=utilities)
 
 

@@ -32,7 +32,7 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 class _Attention(Function):
     @staticmethod
     def forward(ctx, q, k, v, bias, geometry, scale):
-        out, statistic = kernels.partition_attention_forward(q, k, v, bias, [], False, *geometry, scale)
+        out, statistic = kernels.partition_attention_forward(q, k, v, bias, [], False, geometry, scale)
         ctx.save_for_backward(q, k, v, bias, statistic)
         ctx.geometry, ctx.scale = geometry, scale
         return out
@@ -41,7 +41,7 @@ class _Attention(Function):
     def backward(ctx, dout):
         q, k, v, bias, statistic = ctx.saved_tensors
         dqkv, dbias = kernels.partition_attention_backward(
-            dout, q, k, v, bias, [], False, statistic, *ctx.geometry, ctx.scale
+            dout, q, k, v, bias, [], False, statistic, ctx.geometry, ctx.scale
         )
         return *dqkv.unbind(3), None if bias is None else dbias, None, None
 
@@ -140,9 +140,9 @@ def test_strides(side, device):
     odd.append(dout.transpose(1, 2).contiguous().transpose(1, 2))
     results = []
     for *inputs, do in (plain, odd):
-        out, statistic = kernels.partition_attention_forward(*inputs, bias, [], False, *geometry, 0.25)
+        out, statistic = kernels.partition_attention_forward(*inputs, bias, [], False, geometry, 0.25)
         results.append(
-            [out, *kernels.partition_attention_backward(do, *inputs, bias, [], False, statistic, *geometry, 0.25)]
+            [out, *kernels.partition_attention_backward(do, *inputs, bias, [], False, statistic, geometry, 0.25)]
         )
     for a, b in zip(*results):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
@@ -175,8 +175,8 @@ def test_inline_position_bias(group, residual, device):
     results = []
     for bias, weights in ((table, []), (None, mlp)):
         call = *qkv.unbind(3), bias, weights, residual
-        out, statistic = kernels.partition_attention_forward(*call, *geometry, 0.25)
-        dqkv, dbias = kernels.partition_attention_backward(dout, *call, statistic, *geometry, 0.25)
+        out, statistic = kernels.partition_attention_forward(*call, geometry, 0.25)
+        dqkv, dbias = kernels.partition_attention_backward(dout, *call, statistic, geometry, 0.25)
         results.append([out, dqkv, dbias])
     for a, b in zip(*results):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
@@ -185,7 +185,7 @@ def test_inline_position_bias(group, residual, device):
 def test_inline_refuses_streamed_groups(device):
     qkv = torch.zeros(1, 9, 9, 3, 1, 16, device=device)
     with pytest.raises(ValueError, match="at most 64 tokens, got 81"):
-        kernels.partition_attention_forward(*qkv.unbind(3), None, [qkv] * 14, False, 9, 9, 1, 1, 0, 0, 1.0)
+        kernels.partition_attention_forward(*qkv.unbind(3), None, [qkv] * 14, False, (9, 9, 1, 1, 0, 0), 1.0)
 
 
 def test_refusals():
@@ -199,8 +199,8 @@ def test_refusals():
 def test_empty(shape, device):
     qkv, bias = torch.zeros(*shape, 3, 2, 16, device=device), torch.zeros(2, 7, 7, device=device)
     call = *qkv.unbind(3), bias, [], False
-    out, statistic = kernels.partition_attention_forward(*call, 4, 4, 1, 1, 0, 0, 1.0)
-    dqkv, dbias = kernels.partition_attention_backward(out, *call, statistic, 4, 4, 1, 1, 0, 0, 1.0)
+    out, statistic = kernels.partition_attention_forward(*call, (4, 4, 1, 1, 0, 0), 1.0)
+    dqkv, dbias = kernels.partition_attention_backward(out, *call, statistic, (4, 4, 1, 1, 0, 0), 1.0)
     assert out.shape == (*shape, 2, 16) and dqkv.shape == qkv.shape and torch.equal(dbias, bias)
 
 
@@ -309,8 +309,8 @@ def test_addresses_past_2_31_elements(group, strides, device):
         far.append(storage.as_strided(shape, (*strides, 1)).copy_(x))
     geometry, results = geometry_of(partition, 3, 3), []
     for *qkv, dout in (near, far):
-        out, statistic = kernels.partition_attention_forward(*qkv, None, [], False, *geometry, 0.3)
-        dqkv, _ = kernels.partition_attention_backward(dout, *qkv, None, [], False, statistic, *geometry, 0.3)
+        out, statistic = kernels.partition_attention_forward(*qkv, None, [], False, geometry, 0.3)
+        dqkv, _ = kernels.partition_attention_backward(dout, *qkv, None, [], False, statistic, geometry, 0.3)
         results.append((out, dqkv))
     assert all(torch.equal(a, b) for a, b in zip(*results))
 

@@ -9,6 +9,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from ._sizes import is_size
+
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -99,7 +101,7 @@ def _other_bias(shape: tuple[int, ...], heads: int, sides: tuple[int, int], grou
 def check_ints(**values: object) -> None:
     """Sizes of a layer, by name, are ints."""
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int):
+        if not is_size(value):
             raise TypeError(f"{name} must be an int, got {shown(value)}")
 
 

@@ -122,7 +122,8 @@ class AttentionLayer(nn.Module):
 
     def _project(self, x: Tensor) -> Tensor:
         """``[B, H, W, C]`` to packed ``[B, H, W, 3, heads, head_dim]``."""
-        return self.qkv(x).unflatten(-1, (3, self.heads, self.dim // self.heads))
+        # not unflatten, after which ONNX's older exporter takes the map's sizes for constants
+        return self.qkv(x).view(*x.shape[:-1], 3, self.heads, self.dim // self.heads)
 
     def _merge(self, out: Tensor) -> Tensor:
         """``[B, H, W, heads, head_dim]`` to ``[B, H, W, C]``."""

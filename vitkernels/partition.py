@@ -20,13 +20,10 @@ from einops import rearrange
 from torch import Tensor
 
 from ._checks import shown
+from ._sizes import ceil_div, divided, is_size, known, larger, surely
 
 Size = Union[int, Tuple[int, int]]  # one int for both axes, or (height, width)
 Derived = Union[Size, None, Tuple[Optional[int], Optional[int]]]  # None: derived from the map
-
-
-def _ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 def as_pair(value: Derived, name: str, least: int, derived: bool = False) -> tuple:
@@ -37,7 +34,7 @@ def as_pair(value: Derived, name: str, least: int, derived: bool = False) -> tup
     for size in pair:
         if size is None and derived:
             continue
-        if isinstance(size, bool) or not isinstance(size, (int, torch.SymInt)):
+        if not is_size(size):
             raise TypeError(f"{name} must be an int or a pair of ints, got {shown(value)}")
         if size < least:
             raise ValueError(f"{name} must be at least {least} on both axes, got {value!r}")
@@ -100,9 +97,12 @@ class Partition:
         """This partition on a map of ``height`` x ``width`` tokens: derived sizes made concrete, the shift checked."""
         axes = []
         for length, group, interval, shift in zip((height, width), self.group, self.interval, self.shift):
-            group = max(_ceil_div(length, interval), 1) if group is None else group
-            interval = max(_ceil_div(length, group), 1) if interval is None else interval
-            if shift and length % (group * interval):
+            group = larger(ceil_div(length, interval), 1) if group is None else group
+            interval = larger(ceil_div(length, group), 1) if interval is None else interval
+            if surely(shift == 0):
+                axes.append((group, interval, 0))
+                continue
+            if length % (group * interval):
                 raise ValueError(
                     f"a shift needs a map that is a multiple of group * interval: got a {height} x {width} map, "
                     f"group {self.group}, interval {self.interval}, shift {self.shift}; "
@@ -118,25 +118,39 @@ class Partition:
         """Tokens of a group, N."""
         return self.group[0] * self.group[1]
 
+    def within(self, height: int, width: int) -> Partition:
+        """Groups and intervals no larger than the map, where it is known: what they have outside has no weight."""
+        if not known(height, width):
+            return self
+        lengths = max(height, 1), max(width, 1)
+        interval = tuple(min(i, n) for i, n in zip(self.interval, lengths))
+        group = tuple(min(g, ceil_div(n, i)) for g, n, i in zip(self.group, lengths, interval))
+        fits = (group, interval) == (self.group, self.interval)
+        return self if fits else Partition(group, interval, self.shift)
+
     def regions(self, height: int, width: int) -> tuple[int, int]:
         """Regions (blocks of group * interval tokens) along each axis, the last one perhaps partly outside the map."""
-        return tuple(_ceil_div(n, g * i) for n, g, i in zip((height, width), self.group, self.interval))
+        return tuple(ceil_div(n, g * i) for n, g, i in zip((height, width), self.group, self.interval))
 
     def split(self, x: Tensor) -> Tensor:
         """``[B, H, W, ...]`` to ``[B, groups, N, ...]``; places outside the map are zero."""
         (gy, gx), (ay, ax), (sy, sx) = self.group, self.interval, self.shift
-        ry, rx = self.regions(*x.shape[1:3])
-        below, right = ry * gy * ay - x.shape[1], rx * gx * ax - x.shape[2]
+        height, width = x.shape[1:3]
+        if not known(height, width):  # the last place is zero
+            tokens = F.pad(x.flatten(1, 2), (0, 0) * (x.dim() - 3) + (0, 1))
+            return tokens[:, self.index(height, width, x.device)]
+        ry, rx = self.regions(height, width)
         if sy or sx:
             x = x.roll((-sy, -sx), (1, 2))
-        if below or right:
-            x = F.pad(x, (0, 0) * (x.dim() - 3) + (0, right, 0, below))
+        x = pad(x, ry * gy * ay, rx * gx * ax)
         pattern = "b (ry gy ay) (rx gx ax) ... -> b (ry rx ay ax) (gy gx) ..."
         return rearrange(x, pattern, ry=ry, rx=rx, gy=gy, gx=gx)
 
     def merge(self, x: Tensor, height: int, width: int) -> Tensor:
         """The inverse of `split`: ``[B, groups, N, ...]`` to ``[B, H, W, ...]``."""
         (gy, gx), (ay, ax), shift = self.group, self.interval, self.shift
+        if not known(height, width):
+            return x.flatten(1, 2)[:, self.places(height, width, x.device)]
         ry, rx = self.regions(height, width)
         pattern = "b (ry rx ay ax) (gy gx) ... -> b (ry gy ay) (rx gx ax) ..."
         x = rearrange(x, pattern, ry=ry, rx=rx, gy=gy, gx=gx, ay=ay, ax=ax)
@@ -145,11 +159,48 @@ class Partition:
 
     def index(self, height: int, width: int, device=None) -> Tensor:
         """Raster index of every token of every group, ``[groups, N]`` int64; -1 outside the map."""
-        raster = torch.arange(1, height * width + 1, device=device).view(1, height, width)
-        return self.split(raster)[0] - 1
+        (gy, gx), (ay, ax), (sy, sx) = self.group, self.interval, self.shift
+        ry, rx = self.regions(height, width)
+        regions, x = divided(torch.arange(ry * rx * ay * ax, device=device)[:, None], ax)
+        regions, y = divided(regions, ay)
+        region_y, region_x = divided(regions, rx)
+        token_y, token_x = divided(torch.arange(gy * gx, device=device), gx)
+        y, x = (region_y * gy + token_y) * ay + y, (region_x * gx + token_x) * ax + x
+        inside = (y < height) & (x < width)
+        y, x = divided(y + sy, height)[1], divided(x + sx, width)[1]
+        return (y * width + x).where(inside, -1)
+
+    def places(self, height: int, width: int, device=None) -> Tensor:
+        """Where `index` has every token of the map, ``[H, W]`` int64: its group times N, and its place in the group."""
+        (gy, gx), (ay, ax), (sy, sx) = self.group, self.interval, self.shift
+        _, rx = self.regions(height, width)
+        y = divided(torch.arange(height, device=device)[:, None] + (height - sy), height)[1]
+        x = divided(torch.arange(width, device=device) + (width - sx), width)[1]
+        (y, residue_y), (x, residue_x) = divided(y, ay), divided(x, ax)
+        (region_y, token_y), (region_x, token_x) = divided(y, gy), divided(x, gx)
+        group = ((region_y * rx + region_x) * ay + residue_y) * ax + residue_x
+        return group * (gy * gx) + token_y * gx + token_x
 
     def wrapped(self, height: int, width: int, device=None) -> Tensor:
         """Whether the shift carried a token over the lower and the right border, ``[groups, N, 2]`` bool."""
-        over_y = (torch.arange(height, device=device) < self.shift[0])[:, None].expand(height, width)
-        over_x = (torch.arange(width, device=device) < self.shift[1])[None, :].expand(height, width)
-        return self.split(torch.stack((over_y, over_x), -1)[None].int())[0].bool()
+        index = self.index(height, width, device)
+        y, x = divided(index, width)
+        return torch.stack((y < self.shift[0], x < self.shift[1]), -1) & (index >= 0)[..., None]
+
+
+def pad(x: Tensor, height: int, width: int) -> Tensor:  # [B, H, W, ...] -> [B, height, width, ...]
+    """Zeros below and to the right of a map."""
+    below, right = height - x.shape[1], width - x.shape[2]
+    if surely(below == 0) and surely(right == 0):
+        return x
+    return F.pad(x, (0, 0) * (x.dim() - 3) + (0, right, 0, below))
+
+
+def crop(x: Tensor, height: int, width: int) -> Tensor:  # [B, H, W, ...] -> [B, height, width, ...]
+    """What is left of a map without its last rows and columns. Traced, a copy: whether a slice is contiguous depends on
+    the sizes.
+    """
+    if known(height, width):
+        return x[:, :height, :width]
+    rows, columns = (torch.arange(n, device=x.device) for n in (height, width))
+    return x.flatten(1, 2)[:, rows[:, None] * x.shape[2] + columns]

@@ -42,6 +42,12 @@ struct Geometry {
   int64_t group_h, group_w, interval_h, interval_w, shift_h, shift_w;
 };
 
+Geometry geometry_of(const std::vector<int64_t>& sizes) {
+  STD_TORCH_CHECK(sizes.size() == 6, "geometry is group, interval and shift, each along height and width, got ",
+                  sizes.size(), " sizes");
+  return {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5]};
+}
+
 PartitionAttention describe(const Tensor& q, const Tensor& k, const Tensor& v, const Geometry& g, double scale) {
   PartitionAttention problem{};
   problem.q = view_of(q), problem.k = view_of(k), problem.v = view_of(v);
@@ -68,14 +74,14 @@ void check_no_mlp(const std::vector<Tensor>& mlp) {
 }
 
 std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, std::optional<Tensor> bias, std::vector<Tensor> mlp,
-                                   bool residual, int64_t group_h, int64_t group_w, int64_t interval_h,
-                                   int64_t interval_w, int64_t shift_h, int64_t shift_w, double scale) {
+                                   bool residual, std::vector<int64_t> geometry, double scale) {
   check_no_mlp(mlp);
+  Geometry g = geometry_of(geometry);
   Element element = element_of(q);
   Tensor out = torch::stable::new_empty(q, q.sizes());
   Tensor statistic =
       torch::stable::new_empty(q, {0}, element == Element::DOUBLE ? ScalarType::Double : ScalarType::Float);
-  PartitionAttention problem = describe(q, k, v, {group_h, group_w, interval_h, interval_w, shift_h, shift_w}, scale);
+  PartitionAttention problem = describe(q, k, v, g, scale);
   std::vector<char> table = prepared(bias, q, problem.bias_size);
   problem.bias = bias ? table.data() : nullptr;
   problem.out = view_of(out);
@@ -88,15 +94,15 @@ std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, std::optional<T
 }
 
 std::tuple<Tensor, Tensor> backward(Tensor dout, Tensor q, Tensor k, Tensor v, std::optional<Tensor> bias,
-                                    std::vector<Tensor> mlp, bool residual, Tensor statistic, int64_t group_h,
-                                    int64_t group_w, int64_t interval_h, int64_t interval_w, int64_t shift_h,
-                                    int64_t shift_w, double scale) {
+                                    std::vector<Tensor> mlp, bool residual, Tensor statistic,
+                                    std::vector<int64_t> geometry, double scale) {
   check_no_mlp(mlp);
+  Geometry g = geometry_of(geometry);
   Element element = element_of(q);
   ScalarType wide = element == Element::DOUBLE ? ScalarType::Double : ScalarType::Float;
   Tensor dqkv = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2), 3, q.size(3), q.size(4)});
-  PartitionAttention problem = describe(q, k, v, {group_h, group_w, interval_h, interval_w, shift_h, shift_w}, scale);
-  Tensor dbias = bias ? torch::stable::new_empty(q, {q.size(3), 2 * group_h - 1, 2 * group_w - 1}, wide)
+  PartitionAttention problem = describe(q, k, v, g, scale);
+  Tensor dbias = bias ? torch::stable::new_empty(q, {q.size(3), 2 * g.group_h - 1, 2 * g.group_w - 1}, wide)
                       : torch::stable::new_empty(q, {0}, wide);
   std::vector<char> table = prepared(bias, q, problem.bias_size);
   problem.bias = bias ? table.data() : nullptr;

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._sizes import above
 from .._triton import (
     INTERPRETED,
     LOG2E,
@@ -172,10 +173,11 @@ def cluster_attention_forward(
     overlap: int,
     scale: float,
     check: bool,  # that the order is a permutation: not done here
-) -> tuple[Tensor, Tensor]:  # [B, N, heads, head_dim], [B, N, heads] or [0]
+) -> tuple[Tensor, Tensor]:  # [B, N, heads, head_dim], [B, N, heads] or [0, N, heads]
     """Attention in every leaf, and the statistic of every query where leaves are streamed."""
     out, single = q.new_empty(q.shape), Tree.of(q.shape[1], leaf_size).largest <= SINGLE_TILE
-    statistic = q.new_empty((0,) if single else q.shape[:3], dtype=accumulation_dtype(q))
+    kept = q.shape[0] * above(2 * leaf_size, SINGLE_TILE)
+    statistic = q.new_empty(kept, *q.shape[1:3], dtype=accumulation_dtype(q))
     if out.numel() == 0:
         return out, statistic
     call = Call.of(order, leaf_size, overlap, scale, q, k, v, out)
@@ -194,7 +196,7 @@ def cluster_attention_backward(
     k: Tensor,  # [B, N, heads, head_dim]
     v: Tensor,  # [B, N, heads, head_dim]
     order: Tensor,  # [B, heads, N] int32
-    statistic: Tensor,  # [B, N, heads] or [0]
+    statistic: Tensor,  # [B, N, heads] or [0, N, heads]
     leaf_size: int,
     overlap: int,
     scale: float,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import _checks
 from .._layer import AttentionLayer, LocalPosition
-from ..tree import Tree
+from .._sizes import smaller
 from .clusters import check_clustering
 from .op import feature_space_attention
 
@@ -70,8 +70,8 @@ class FeatureSpaceAttention(AttentionLayer):
         self._check(x)
         qkv = self._project(x)  # [B, H, W, 3, heads, head_dim]
         tokens = qkv.flatten(1, 2)
-        single = Tree.of(tokens.shape[1], self.leaf_size).levels == 0
-        out = self._attend_in_pairs(tokens) if single and self.pair_across_batch else self._attend(tokens)
+        paired = self.pair_across_batch and tokens.shape[1] < 2 * self.leaf_size  # a single leaf
+        out = self._attend_in_pairs(tokens) if paired else self._attend(tokens)
         return self._merge(out.unflatten(1, x.shape[1:3]) + self.get_v(qkv[:, :, :, 2]))
 
     def _attend(self, qkv: Tensor) -> Tensor:  # [B, N, 3, heads, head_dim] -> [B, N, heads, head_dim]
@@ -97,7 +97,7 @@ class FeatureSpaceAttention(AttentionLayer):
         out = feature_space_attention(
             qkv.unflatten(0, (batch // 2, 2)).flatten(1, 2),
             leaf_size=tokens,
-            overlap=min(self.overlap, tokens),
+            overlap=smaller(self.overlap, tokens),
             order=order,
             scale=self.scale,
             backend=self.backend,

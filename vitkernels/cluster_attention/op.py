@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .. import _checks, _dispatch
+from .._sizes import above
 from ..tree import Tree
 from .clusters import balanced_clusters, check_leaf_size
 from .reference import cluster_attention as _reference
@@ -19,9 +20,11 @@ _SINGLE_TILE = 64  # tokens: the Triton kernels stream the keys of larger leaves
 
 
 def _forward_fake(q, k, v, order, leaf_size, overlap, scale, check, *, interpreted):
-    # one log-sum-exp (of base 2) per query, kept only where Triton streams the keys in tiles
-    streamed = Tree.of(q.shape[1], leaf_size).largest > _SINGLE_TILE and (interpreted or q.device.type == "cuda")
-    return q.new_empty(q.shape), q.new_empty(q.shape[:3] if streamed else (0,), dtype=_checks.accumulation_dtype(q))
+    # one log-sum-exp (of base 2) per query, kept where leaves can be so large that Triton streams their keys in tiles
+    kept = (0,)
+    if interpreted or q.device.type == "cuda":
+        kept = (q.shape[0] * above(2 * leaf_size, _SINGLE_TILE), *q.shape[1:3])
+    return q.new_empty(q.shape), q.new_empty(kept, dtype=_checks.accumulation_dtype(q))
 
 
 def _backward_fake(dout, q, k, v, order, statistic, leaf_size, overlap, scale, *, interpreted):
@@ -31,15 +34,15 @@ def _backward_fake(dout, q, k, v, order, statistic, leaf_size, overlap, scale, *
 
 _dispatch.define(
     "cluster_attention_forward",
-    "(Tensor q, Tensor k, Tensor v, Tensor order, int leaf_size, int overlap, float scale, bool check)"
+    "(Tensor q, Tensor k, Tensor v, Tensor order, SymInt leaf_size, SymInt overlap, float scale, bool check)"
     " -> (Tensor, Tensor)",
     _forward_fake,
     _LAUNCHER,
 )
 _dispatch.define(
     "cluster_attention_backward",
-    "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor order, Tensor statistic, int leaf_size, int overlap,"
-    " float scale) -> Tensor",
+    "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor order, Tensor statistic, SymInt leaf_size,"
+    " SymInt overlap, float scale) -> Tensor",
     _backward_fake,
     _LAUNCHER,
 )
@@ -88,10 +91,13 @@ def _refusal(backend: str, q: Tensor) -> str | None:
     return None
 
 
-def _check_overlap(tree: Tree, overlap: object) -> None:
+def _check_overlap(tokens: int, leaf_size: int, overlap: object) -> None:
     _checks.check_ints(overlap=overlap)
     if overlap < 0:
         raise ValueError(f"overlap must be at least 0, got {overlap}")
+    if overlap <= leaf_size:  # and so at most any leaf, without a look at how deep the tree is
+        return
+    tree = Tree.of(tokens, leaf_size)
     if tree.levels and overlap > tree.smallest:
         raise ValueError(
             f"overlap must be at most the smallest leaf, {tree.smallest} of {tree.tokens} tokens, got {overlap}"
@@ -145,7 +151,7 @@ def _attend(
     """Check, choose the backend, run."""
     q = _unpack(qkv)[0]
     check_leaf_size(leaf_size)
-    _check_overlap(Tree.of(q.shape[1], leaf_size), overlap)
+    _check_overlap(q.shape[1], leaf_size, overlap)
     scale = _checks.check_scale(scale, q.shape[-1])
     order = _check_order(order, q)
     qkv = _checks.follow_autocast(*qkv)

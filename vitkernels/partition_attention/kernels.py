@@ -8,6 +8,7 @@ M queries, N keys and D elements of a head make tiles; ``task`` numbers the grou
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import triton
@@ -275,20 +276,16 @@ def partition_attention_forward(
     bias: Tensor | None,  # [heads, 2Gh-1, 2Gw-1]
     mlp: list[Tensor],
     residual: bool,
-    group_h: int,
-    group_w: int,
-    interval_h: int,
-    interval_w: int,
-    shift_h: int,
-    shift_w: int,
+    geometry: Sequence[int],  # group, interval and shift, each along height and width
     scale: float,
-) -> tuple[Tensor, Tensor]:  # [B, H, W, heads, head_dim], [B, H, W, heads] or [0]
+) -> tuple[Tensor, Tensor]:  # [B, H, W, heads, head_dim], [B, H, W, heads] or [0, H, W, heads]
     """Attention in every group, and the statistic of every query where groups are streamed."""
-    geometry = Geometry.of(*q.shape[1:3], group_h, group_w, interval_h, interval_w, shift_h, shift_w)
-    single = group_h * group_w <= SINGLE_TILE
-    _check_form(mlp, group_h * group_w)
+    geometry = Geometry.of(*q.shape[1:3], *geometry)
+    tokens = geometry.group_h * geometry.group_w
+    single = tokens <= SINGLE_TILE
+    _check_form(mlp, tokens)
     out = q.new_empty(q.shape)
-    statistic = q.new_empty((0,) if single else q.shape[:4], dtype=accumulation_dtype(q))
+    statistic = q.new_empty(0 if single else q.shape[0], *q.shape[1:4], dtype=accumulation_dtype(q))
     if out.numel() == 0:
         return out, statistic
     call = Call.of(geometry, scale, q, k, v, out)
@@ -308,18 +305,14 @@ def partition_attention_backward(
     bias: Tensor | None,  # [heads, 2Gh-1, 2Gw-1]
     mlp: list[Tensor],
     residual: bool,
-    statistic: Tensor,  # [B, H, W, heads] or [0]
-    group_h: int,
-    group_w: int,
-    interval_h: int,
-    interval_w: int,
-    shift_h: int,
-    shift_w: int,
+    statistic: Tensor,  # [B, H, W, heads] or [0, H, W, heads]
+    geometry: Sequence[int],  # group, interval and shift, each along height and width
     scale: float,
 ) -> tuple[Tensor, Tensor]:  # [B, H, W, 3, heads, head_dim], [heads, 2Gh-1, 2Gw-1] or [0]
     """Gradients of q, k and v in one buffer, and of the bias table."""
     batch, height, width, heads, head_dim = q.shape
-    geometry = Geometry.of(height, width, group_h, group_w, interval_h, interval_w, shift_h, shift_w)
+    geometry = Geometry.of(height, width, *geometry)
+    group_h, group_w = geometry.group_h, geometry.group_w
     _check_form(mlp, group_h * group_w)
     dqkv = q.new_empty(batch, height, width, 3, heads, head_dim)
     table = (heads, 2 * group_h - 1, 2 * group_w - 1) if bias is not None or mlp else (0,)

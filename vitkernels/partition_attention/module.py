@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _checks
 from .._layer import AttentionLayer, LocalPosition, bias_from_table
-from ..partition import Partition, Size, as_pair
+from .._sizes import above, ceil_div, larger, smaller
+from ..partition import Partition, Size, as_pair, crop, pad
 from ..position_bias import DynamicPositionBias
 from .op import lsda_attention, partition_attention_qkvpacked
 
@@ -73,14 +73,18 @@ class LongShortDistanceAttention(AttentionLayer):
         self.pos = DynamicPositionBias(dim, heads, residual=residual)
 
     def _partition(self, height: int, width: int) -> Partition:
-        small = self.small_size
-        if small is None or (height > small[0] and width > small[1]):
+        if self.small_size is None:
             return self.partition
+        partition = self.partition.on(height, width)
+        several = above(height, self.small_size[0]) * above(width, self.small_size[1])  # 0 where the map is small
         if self.small_map == "shorter":
-            return Partition.window(max(min(height, width), 1))
-        if self.padding == "attended":
-            return Partition.window(max(height, width, 1))
-        return Partition.window((max(height, 1), max(width, 1)))  # what a square would add is masked
+            small = (smaller(height, width),) * 2
+        elif self.padding == "attended":
+            small = (larger(height, width),) * 2
+        else:
+            small = height, width  # what a square would add is masked
+        group = (several * g + (1 - several) * larger(n, 1) for g, n in zip(partition.group, small))
+        return Partition(tuple(group), tuple(several * (i - 1) + 1 for i in partition.interval))
 
     def forward(self, x: Tensor) -> Tensor:
         self._check(x)
@@ -89,9 +93,9 @@ class LongShortDistanceAttention(AttentionLayer):
         if self.padding == "masked":
             return self._merge(self._attend(x, partition))
         partition = partition.on(height, width)
-        below, right = (-n % (g * i) for n, g, i in zip((height, width), partition.group, partition.interval))
-        out = self._attend(F.pad(x, (0, 0, 0, right, 0, below)), partition)
-        return self._merge(out[:, :height, :width])
+        sides = (g * i for g, i in zip(partition.group, partition.interval))
+        whole = (ceil_div(n, side) * side for n, side in zip((height, width), sides))
+        return self._merge(crop(self._attend(pad(x, *whole), partition), height, width))
 
     def _attend(self, x: Tensor, partition: Partition) -> Tensor:  # [B, H, W, C] -> [B, H, W, heads, head_dim]
         sizes = {"group_size": partition.group, "interval": partition.interval}
@@ -128,11 +132,9 @@ def in_windows(
     it, and what it makes of them is cut off.
     """
     height, width = x.shape[1:3]
-    below, right = -height % window[0], -width % window[1]
-    partition = Partition.window(window, shift)
-    if not below and not right:
-        return attend(x, partition)
-    return attend(F.pad(x, (0, 0, 0, right, 0, below)), partition)[:, :height, :width]
+    padded = pad(x, *(ceil_div(n, w) * w for n, w in zip((height, width), window)))
+    out = attend(padded, Partition.window(window, shift))
+    return out if padded is x else crop(out, height, width)
 
 
 class WindowAttention(_TableAttention):
@@ -172,7 +174,7 @@ class WindowAttention(_TableAttention):
 
     def forward(self, x: Tensor) -> Tensor:
         self._check(x)
-        shift = tuple(s if n > g else 0 for s, n, g in zip(self.shift, x.shape[1:3], self.group))
+        shift = tuple(s * above(n, g) for s, n, g in zip(self.shift, x.shape[1:3], self.group))
         return self._merge(in_windows(self._attend, x, self.group, shift))
 
     def extra_repr(self) -> str:

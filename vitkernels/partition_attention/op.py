@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
 from .. import _checks, _dispatch
+from .._sizes import above
 from ..partition import Derived, Partition, Size
 from .reference import partition_attention as _reference
 
@@ -15,18 +18,21 @@ _PACKED_LAYOUT = "[B, H, W, 3, heads, head_dim]"
 _LAUNCHER = "vitkernels.partition_attention.kernels"
 
 _BIAS = "Tensor? bias, Tensor[] mlp, bool residual"
-_GEOMETRY = "int group_h, int group_w, int interval_h, int interval_w, int shift_h, int shift_w"
+_GEOMETRY = "SymInt[] geometry"  # group, interval and shift, each along height and width
+_SINGLE_TILE = 64  # tokens: the Triton kernels stream the keys of larger groups in tiles
 
 
-def _forward_fake(q, k, v, bias, mlp, residual, group_h, group_w, *_, interpreted):
+def _forward_fake(q, k, v, bias, mlp, residual, geometry, scale, *, interpreted):
     # one log-sum-exp (of base 2) per query, kept only where Triton streams the keys in tiles
-    streamed = group_h * group_w > 64 and (interpreted or q.device.type == "cuda")
-    return q.new_empty(q.shape), q.new_empty(q.shape[:4] if streamed else (0,), dtype=_checks.accumulation_dtype(q))
+    kept = (0,)
+    if interpreted or q.device.type == "cuda":
+        kept = (q.shape[0] * above(geometry[0] * geometry[1], _SINGLE_TILE), *q.shape[1:4])
+    return q.new_empty(q.shape), q.new_empty(kept, dtype=_checks.accumulation_dtype(q))
 
 
-def _backward_fake(dout, q, k, v, bias, mlp, residual, statistic, group_h, group_w, *_, interpreted):
+def _backward_fake(dout, q, k, v, bias, mlp, residual, statistic, geometry, scale, *, interpreted):
     batch, height, width, heads, head_dim = q.shape
-    table = (0,) if bias is None and not mlp else (heads, 2 * group_h - 1, 2 * group_w - 1)
+    table = (0,) if bias is None and not mlp else (heads, 2 * geometry[0] - 1, 2 * geometry[1] - 1)
     dqkv = q.new_empty(batch, height, width, 3, heads, head_dim)
     return dqkv, q.new_empty(table, dtype=_checks.accumulation_dtype(q))
 
@@ -61,7 +67,7 @@ class _PartitionAttention(Function):
         qkv, mlp = (tensors[:1], tensors[1:]) if packed else (tensors[:3], tensors[3:])
         q, k, v = _unpack(qkv)
         run = _dispatch.operator("partition_attention_forward", backend, q.device)
-        return run(q, k, v, bias, mlp, residual, *geometry, scale)
+        return run(q, k, v, bias, mlp, residual, geometry, scale)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -78,7 +84,7 @@ class _PartitionAttention(Function):
         if dout.stride(-1) != 1:  # an expanded gradient, as of sum()
             dout = dout.contiguous()
         run = _dispatch.operator("partition_attention_backward", ctx.backend, q.device)
-        dqkv, dbias = run(dout, q, k, v, bias, mlp, ctx.residual, statistic, *ctx.geometry, ctx.scale)
+        dqkv, dbias = run(dout, q, k, v, bias, mlp, ctx.residual, statistic, ctx.geometry, ctx.scale)
         dmlp = ()
         if mlp:
             run = _dispatch.operator("dynamic_position_bias_backward", ctx.backend, q.device)
@@ -96,17 +102,34 @@ def _refusal(backend: str, qkv: tuple[Tensor, ...]) -> str | None:
     return None
 
 
-def _crop(partition: Partition, bias: Tensor | None, height: int, width: int) -> tuple[Partition, Tensor | None]:
-    """Groups and intervals no larger than the map, and the part of the table they use: outside, nothing has weight."""
-    lengths = max(height, 1), max(width, 1)
-    interval = tuple(min(i, n) for i, n in zip(partition.interval, lengths))
-    group = tuple(min(g, -(-n // i)) for g, n, i in zip(partition.group, lengths, interval))
-    if (group, interval) == (partition.group, partition.interval):
-        return partition, bias
-    if bias is not None:
-        rows, columns = (slice(g - s, g + s - 1) for g, s in zip(partition.group, group))
-        bias = bias[:, rows, columns]
-    return Partition(group, interval, partition.shift), bias
+class _Call(NamedTuple):
+    """A call that was checked: its inputs, what runs it, and the partition of their map."""
+
+    qkv: tuple[Tensor, ...]  # (q, k, v) or (packed,)
+    partition: Partition  # as it was asked for
+    within: Partition  # of the map
+    scale: float
+    backend: str
+
+    @classmethod
+    def of(cls, qkv: tuple[Tensor, ...], partition: Partition, scale: float | None, backend: str | None) -> _Call:
+        if not isinstance(partition, Partition):
+            raise TypeError(f"partition must be a vitkernels.Partition, got {type(partition).__name__}")
+        size = qkv[0].shape[1:3]
+        partition = partition.on(*size)
+        scale = _checks.check_scale(scale, qkv[0].shape[-1])
+        qkv = _checks.follow_autocast(*qkv)
+        backend = _dispatch.select(
+            "partition_attention", qkv[0].device, backend, lambda backend: _refusal(backend, qkv)
+        )
+        return cls(qkv, partition, partition.within(*size), scale, backend)
+
+    def table(self, bias: Tensor) -> Tensor:
+        """The part of ``bias`` that groups within the map use."""
+        if self.within is self.partition:
+            return bias
+        rows, columns = (slice(g - s, g + s - 1) for g, s in zip(self.partition.group, self.within.group))
+        return bias[:, rows, columns]
 
 
 def _attend(
@@ -115,27 +138,24 @@ def _attend(
     bias: Tensor | None,
     scale: float | None,
     backend: str | None,
-    mlp: tuple[Tensor, ...] = (),
-    residual: bool = False,
 ) -> Tensor:
     """Check, choose the backend, run."""
-    if not isinstance(partition, Partition):
-        raise TypeError(f"partition must be a vitkernels.Partition, got {type(partition).__name__}")
-    packed = len(qkv) == 1
-    height, width = qkv[0].shape[1:3]
-    partition = partition.on(height, width)
-    scale = _checks.check_scale(scale, qkv[0].shape[-1])
-    qkv = _checks.follow_autocast(*qkv)
+    call = _Call.of(qkv, partition, scale, backend)
     if bias is not None:
-        _checks.check_table(bias, qkv[0], partition.group)
-    backend = _dispatch.select("partition_attention", qkv[0].device, backend, lambda backend: _refusal(backend, qkv))
+        _checks.check_table(bias, call.qkv[0], call.partition.group)
+        bias = call.table(bias)
+    return _run(call, bias)
+
+
+def _run(call: _Call, bias: Tensor | None, mlp: tuple[Tensor, ...] = (), residual: bool = False) -> Tensor:
+    """``call`` with the bias of groups within the map: a table, or the weights of the MLP that makes it."""
+    qkv, _, partition, scale, backend = call
     if qkv[0].numel() == 0:  # nothing to attend to, and gradients of zero
         q = _unpack(qkv)[0]
         return q.new_empty(q.shape) + sum(x.sum() for x in (*qkv, *mlp, bias) if x is not None).to(q.dtype)
-    partition, bias = _crop(partition, bias, height, width)
     if backend == "reference":
         return _reference(*_unpack(qkv), partition, bias, scale)
-    qkv = tuple(x if x.stride(-1) == 1 else x.contiguous() for x in qkv)
+    packed, qkv = len(qkv) == 1, tuple(x if x.stride(-1) == 1 else x.contiguous() for x in qkv)
     if bias is not None:
         bias = bias.to(_checks.accumulation_dtype(qkv[0])).contiguous()
     geometry = (*partition.group, *partition.interval, *partition.shift)
@@ -280,12 +300,11 @@ def lsda_attention(
     if not isinstance(position_bias, nn.Module):
         return _attend((qkv,), partition, position_bias, scale, backend)
     _check_module(position_bias, qkv)
-    partition, _ = _crop(partition.on(*qkv.shape[1:3]), None, *qkv.shape[1:3])
-    chosen = _dispatch.select("partition_attention", qkv.device, backend, lambda backend: _refusal(backend, (qkv,)))
-    if not _inline(position_bias, form, chosen, partition):
-        return _attend((qkv,), partition, position_bias(partition.group, backend=backend), scale, backend)
+    call = _Call.of((qkv,), partition, scale, backend)
+    if not _inline(position_bias, form, call.backend, call.within):
+        return _run(call, position_bias(call.within.group, backend=backend))
     mlp = tuple(weight.to(_checks.accumulation_dtype(qkv)).contiguous() for weight in position_bias.weights())
-    return _attend((qkv,), partition, None, scale, backend, mlp, position_bias.residual)
+    return _run(call, None, mlp, position_bias.residual)
 
 
 def window_attention(

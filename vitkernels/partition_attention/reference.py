@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
+from .._sizes import divided, surely
 from .._softmax import softmax
 from ..partition import Partition
 
@@ -16,8 +16,7 @@ SHIFT_PENALTY = -100.0
 def relative_position_index(group: tuple[int, int], device=None) -> Tensor:
     """Place in a flattened ``[2Gh-1, 2Gw-1]`` table of every offset, query minus key: ``[N, N]`` int64."""
     gh, gw = group
-    token = torch.arange(gh * gw, device=device)
-    y, x = token // gw, token % gw
+    y, x = divided(torch.arange(gh * gw, device=device), gw)
     return (y[:, None] - y + gh - 1) * (2 * gw - 1) + (x[:, None] - x + gw - 1)
 
 
@@ -40,15 +39,15 @@ def partition_attention(
     partition = partition.on(height, width)
     scale = head_dim**-0.5 if scale is None else scale
 
-    q, k, v = (rearrange(partition.split(x), "b g n h d -> b g h n d") for x in (q, k, v))
+    q, k, v = (partition.split(x).transpose(2, 3) for x in (q, k, v))  # [B, groups, heads, N, head_dim]
     logits = (q * scale) @ k.transpose(-1, -2)  # [B, groups, heads, N, N]
     if bias is not None:
         index = relative_position_index(partition.group, bias.device)
         logits = logits + _narrowed(bias, logits.dtype).flatten(1)[:, index]
-    if any(partition.shift):
+    if not all(surely(shift == 0) for shift in partition.shift):
         over = partition.wrapped(height, width, q.device)
         apart = (over[:, :, None] != over[:, None, :]).any(-1)  # [groups, N, N]
         logits = logits + SHIFT_PENALTY * apart[:, None].to(logits.dtype)
     outside = partition.index(height, width, q.device) < 0  # [groups, N]
     out = softmax(logits.masked_fill(outside[:, None, None, :], float("-inf"))) @ v
-    return partition.merge(rearrange(out, "b g h n d -> b g n h d"), height, width)
+    return partition.merge(out.transpose(2, 3), height, width)

@@ -23,7 +23,7 @@ _INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? table_t, Tensor? table_h, Tensor? table_w, "
     "Tensor? index_t, Tensor? index_h, Tensor? index_w"
 )
-_GEOMETRY = "int[] q_thw, int[] k_thw, bool has_cls, int residual, float scale"
+_GEOMETRY = "SymInt[] q_thw, SymInt[] k_thw, bool has_cls, int residual, float scale"
 
 
 def _forward_fake(q, k, v, *_, interpreted):

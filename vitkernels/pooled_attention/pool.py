@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .. import _checks, _dispatch
+from .._sizes import is_size
 from .reference import pool_tokens as _reference
 
 _LAYOUT = "[B, N, heads, head_dim]"
@@ -19,7 +20,7 @@ _LAUNCHER = "vitkernels.pooled_attention.pool_kernels"
 MODES = ("conv", "max", "avg")
 
 _PARAMETERS = "Tensor x, Tensor? weight, Tensor? norm_weight, Tensor? norm_bias"
-_GEOMETRY = "int[] thw, int[] kernel, int[] stride, int[] padding, bool maximum, bool has_cls, float eps"
+_GEOMETRY = "SymInt[] thw, int[] kernel, int[] stride, int[] padding, bool maximum, bool has_cls, float eps"
 
 
 def pooled_size(thw: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> list[int]:
@@ -113,11 +114,11 @@ def check_axes(name: str, value: object, axes: int, least: int, one_for_all: boo
     """``value`` as an int for each of the ``axes`` of the map, all at least ``least``."""
     if one_for_all and isinstance(value, int):
         value = (value,) * axes
-    if not isinstance(value, Sequence) or any(isinstance(n, bool) or not isinstance(n, int) for n in value):
+    if not isinstance(value, Sequence) or not all(map(is_size, value)):
         raise TypeError(f"{name} must be {'an int or ' if one_for_all else ''}a tuple of ints, got {value!r}")
     if len(value) != axes:
         raise ValueError(f"{name} must have one entry for each of the {axes} axes of the map, got {tuple(value)}")
-    if min(value) < least:
+    if any(n < least for n in value):
         raise ValueError(f"{name} must be at least {least} along every axis, got {tuple(value)}")
     return tuple(value)
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor
 
+from .._sizes import larger, surely
 from .._softmax import softmax
 
 
@@ -28,9 +29,9 @@ def pool_tokens(
     eps: float,
 ) -> Tensor:  # [B, N', heads, head_dim]
     """Every head's map through a depthwise convolution, an average or a maximum, then LayerNorm over head_dim."""
-    batch, _, heads, head_dim = x.shape
+    heads, head_dim = x.shape[2:]
     cls, x = x[:, : int(has_cls)], x[:, int(has_cls) :]
-    x = rearrange(x, "b (t h w) n d -> (b n) d t h w", t=thw[0], h=thw[1])
+    x = x.permute(0, 2, 3, 1).flatten(0, 1).unflatten(2, thw)  # [B heads, head_dim, T, H, W]
     if maximum:
         x = F.max_pool3d(x, kernel, stride, padding)
     elif weight is None:  # not avg_pool3d, which refuses maps smaller than the window, and 16 bits on a CPU
@@ -39,7 +40,7 @@ def pool_tokens(
     else:
         taps = weight.to(x.dtype).view(head_dim, 1, *kernel)
         x = F.conv3d(x, taps, stride=stride, padding=padding, groups=head_dim)
-    out = torch.cat((cls, rearrange(x, "(b n) d t h w -> b (t h w) n d", b=batch, n=heads)), 1)
+    out = torch.cat((cls, x.flatten(2).unflatten(0, (-1, heads)).permute(0, 3, 1, 2)), 1)
     if norm_weight is None:
         return out
     return F.layer_norm(out, (head_dim,), norm_weight.to(out.dtype), norm_bias.to(out.dtype), eps)
@@ -52,7 +53,7 @@ def relative_index(queries: int, keys: int, index: str = "exact", device: torch.
     float32 as those libraries do.
     """
     i, j = torch.arange(queries, device=device)[:, None], torch.arange(keys, device=device)
-    longest = max(queries, keys)
+    longest = larger(queries, keys)
     if index == "exact":
         return i * longest // queries + (keys - 1 - j) * longest // keys
     i, j, a, b = i.float(), j.float(), longest / queries, longest / keys
@@ -66,14 +67,14 @@ _kept_index = lru_cache(maxsize=256)(torch.inference_mode(False)(relative_index)
 def index_of(queries: int, keys: int, index: str, device: torch.device) -> Tensor:
     """`relative_index`, kept from call to call where what is made now can be used later."""
     captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    made = relative_index if captured or torch.compiler.is_compiling() else _kept_index
+    made = relative_index if captured or torch.compiler.is_compiling() or torch.jit.is_tracing() else _kept_index
     return made(queries, keys, index, device)
 
 
 def resized(table: Tensor, queries: int, keys: int) -> Tensor:  # [length, D] -> [2 * max(queries, keys) - 1, D]
     """A row for every distance along an axis; a table of another length is interpolated."""
-    length, rows = table.shape[0], 2 * max(queries, keys) - 1
-    if length == rows:
+    length, rows = table.shape[0], 2 * larger(queries, keys) - 1
+    if surely(length == rows):
         return table
     place = torch.arange(rows, dtype=table.dtype, device=table.device)
     place = ((place + 0.5) * (length / rows) - 0.5).clamp(0, length - 1)[:, None]
@@ -99,7 +100,7 @@ def pooled_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     cls = int(has_cls)
     q, k, v = (rearrange(x, "b n h d -> b h n d") for x in (q, k, v))
-    logits = (q * scale) @ k.mT  # [B, heads, Nq, Nk]
+    logits = (q * scale) @ k.transpose(-1, -2)  # [B, heads, Nq, Nk]
     if any(table is not None for table in tables):
         logits = logits + F.pad(_relative(q[:, :, cls:], tables, indices, q_thw, k_thw), (cls, 0, cls, 0))
     out = softmax(logits) @ v
@@ -118,12 +119,12 @@ def _relative(
     k_thw: Sequence[int],
 ) -> Tensor:
     """What relative positions add to the logits ``[B, heads, Nq, Nk]`` of the tokens of two maps."""
-    q = rearrange(q, "b n (t h w) d -> b n t h w d", t=q_thw[0], h=q_thw[1])
-    total = q.new_zeros(*q.shape[:5], *k_thw)
-    shapes = ("j 1 1", "1 j 1", "1 1 j")
+    q = q.unflatten(2, q_thw)  # [B, heads, T, H, W, head_dim]
+    total = 0
+    shapes = ((-1, 1, 1), (1, -1, 1), (1, 1, -1))
     for axis, table, index, shape in zip("thw", tables, indices, shapes):
         if table is not None:
             terms = F.embedding(index, table).to(q.dtype)  # [queries, keys, head_dim]
             products = einsum(q, terms, f"b n t h w d, {axis} j d -> b n t h w j")
-            total = total + rearrange(products, f"b n t h w j -> b n t h w {shape}")
-    return total.flatten(5).flatten(2, 4)
+            total = total + products.reshape(*products.shape[:5], *shape)
+    return total.expand(-1, -1, -1, -1, -1, *k_thw).flatten(5).flatten(2, 4)

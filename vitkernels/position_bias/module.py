@@ -112,7 +112,7 @@ class DynamicPositionBias(nn.Module):
 
     def constant(self) -> bool:
         """Whether the table of parts that are read may be kept: eval mode, no gradient wanted, no graph capture."""
-        if self.training or torch.compiler.is_compiling():
+        if self.training or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return False
         if self.pos_proj.weight.is_cuda and torch.cuda.is_current_stream_capturing():
             return False  # the table would be in the graph's memory, or the graph would outlive the table

@@ -13,7 +13,7 @@ from ..partition import Size, as_pair
 from .reference import dynamic_position_bias as _reference
 
 _LAUNCHER = "vitkernels.position_bias.kernels"
-_REST = "Tensor[] mlp, bool residual, int group_h, int group_w"
+_REST = "Tensor[] mlp, bool residual, SymInt group_h, SymInt group_w"
 _PARAMETERS = (
     *("pos_proj.weight", "pos_proj.bias"),
     *(f"{layer}.{name}" for layer in ("pos1", "pos2", "pos3") for name in ("0.weight", "0.bias", "2.weight", "2.bias")),
