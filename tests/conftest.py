@@ -19,9 +19,7 @@ import pytest
 CORES = len(os.sched_getaffinity(0))
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))  # processes that share the cores
 if WORKERS > 1:
-    os.environ.setdefault(
-        "OMP_NUM_THREADS", str(max(1, CORES // WORKERS))
-    )  # torch reads it once
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, CORES // WORKERS)))  # torch reads it once
 
 import torch  # noqa: E402
 
