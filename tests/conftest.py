@@ -3,6 +3,7 @@
 import copy
 import fcntl
 import importlib.util
+import inspect
 import io
 import mmap
 import os
@@ -11,7 +12,7 @@ import shutil
 import subprocess
 import sysconfig
 from collections.abc import Callable, Iterable
-from functools import lru_cache
+from functools import cache, lru_cache
 from types import ModuleType
 
 import pytest
@@ -42,7 +43,30 @@ def _interpreter_refusal() -> str | None:
     return None
 
 
+def _hasten_the_interpreter() -> None:
+    """Look up the builtin functions of Triton's language once, not at every call of a device function."""
+    from triton.runtime import interpreter
+
+    if not hasattr(interpreter, "_patch_builtin") or not hasattr(interpreter, "_patch_attr"):
+        return
+    is_builtin = interpreter.tl.core.is_builtin
+
+    @cache
+    def builtins(package: object) -> list[str]:
+        return [name for name, member in inspect.getmembers(package) if is_builtin(member)]
+
+    def patch_builtin(package: object, *how: object) -> None:
+        for name in builtins(package):
+            member = getattr(package, name)
+            if is_builtin(member):  # else it is patched already
+                interpreter._patch_attr(package, name, member, *how)
+
+    interpreter._patch_builtin = patch_builtin
+
+
 TRITON_REFUSAL = _interpreter_refusal()
+if TRITON_REFUSAL is None and not torch.cuda.is_available():
+    _hasten_the_interpreter()
 needs_triton = pytest.mark.skipif(TRITON_REFUSAL is not None, reason=str(TRITON_REFUSAL))
 
 
