@@ -217,7 +217,7 @@ names = names[: names.index("--seconds")] if "--seconds" in names else names
 rows = []
 for i, name in enumerate(names):
     lost = name == "lost"
-    print(f"[{i}/9] {name} float32: fwd", flush=True)
+    print(f"[{i}/9] {name} float32", flush=True)
     if name == "dies":
         os.abort()
     row = {"case": name, "layer": "", "batch": 1, "dtype": "float32", "mode": "fwd", "contender": "vitkernels-x"}
@@ -231,7 +231,7 @@ for i, name in enumerate(names):
     if lost:
         sys.exit(3)
     if name == "dies between passes":
-        print(f"[{i}/9] dies-later float32: full", flush=True)
+        print(f"[{i}/9] dies-later float32", flush=True)
         os.abort()
 """
 
