@@ -256,7 +256,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     how = parser.add_argument_group("how")
     how.add_argument("--device", choices=("cpu", "cuda"), help="cuda if there is one")
     how.add_argument("--threads", type=int, help="CPU threads; torch's default")
-    how.add_argument("--seconds", type=float, help="time spent on each row (1; 0.5 with --quick)")
+    how.add_argument("--seconds", type=float, help="time spent on each row (1; 0.5 with --quick and without options)")
     how.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
@@ -272,9 +272,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.dtype = args.dtype or ["bfloat16" if args.device == "cuda" else "float32"]
-    args.seconds = args.seconds if args.seconds is not None else (0.5 if args.quick else 1.0)
     args.patterns = args.case or (QUICK if args.quick and not args.models else ["*"])
     args.headline = not (args.full or args.quick or args.models or args.case or args.list)
+    args.seconds = args.seconds if args.seconds is not None else (0.5 if args.quick or args.headline else 1.0)
     args.compile = args.device == "cuda" and not args.headline if args.compile is None else args.compile
     for other in ("quick", "case"):
         if args.full and getattr(args, other):

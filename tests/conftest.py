@@ -2,6 +2,7 @@
 
 import copy
 import fcntl
+import gc
 import importlib.util
 import inspect
 import io
@@ -104,6 +105,12 @@ def restored(layer: torch.nn.Module) -> torch.nn.Module:
         torch.nn.init.normal_(p)
     other.load_state_dict(torch.load(buffer, weights_only=True))
     return other
+
+
+def pytest_collection_finish() -> None:
+    """What was imported lives as long as the tests: the garbage collector need not look at it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(optionalhook=True)
