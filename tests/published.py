@@ -25,15 +25,20 @@ def _heads(x: Tensor, heads: int) -> Tensor:  # [B, N, 3C] -> 3, B, heads, N, he
     return x.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
 
 
-def _grouped(x: Tensor, groups: Tensor) -> Tensor:
-    """[B, L, C] to [B * groups, N, C], by the group of every token."""
+def _grouped(x: Tensor, groups: Tensor, tokens: int) -> Tensor:
+    """[B, L, C] to [B * groups, N, C], by the group of every token, of which a group has N."""
     order = groups.argsort(stable=True)
-    return x[:, order].reshape(-1, len(groups) // int(groups.max() + 1), x.shape[-1])
+    return x[:, order].reshape(-1, tokens, x.shape[-1])
 
 
 def _ungrouped(x: Tensor, groups: Tensor) -> Tensor:
     order = groups.argsort(stable=True)
     return x.reshape(-1, len(groups), x.shape[-1])[:, order.argsort()]
+
+
+def _index(height: int, width: int) -> Tensor:  # [N, N], the row of a table for every pair of tokens
+    y, x = torch.arange(height * width) // width, torch.arange(height * width) % width
+    return (y[:, None] - y + height - 1) * (2 * width - 1) + x[:, None] - x + width - 1
 
 
 class WindowAttention(nn.Module):
@@ -45,9 +50,7 @@ class WindowAttention(nn.Module):
         self.scale = (dim // num_heads) ** -0.5
         h, w = window_size
         self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * h - 1) * (2 * w - 1), num_heads))
-        y, x = torch.arange(h * w) // w, torch.arange(h * w) % w
-        index = (y[:, None] - y + h - 1) * (2 * w - 1) + x[:, None] - x + w - 1
-        self.register_buffer("relative_position_index", index)
+        self.register_buffer("relative_position_index", _index(h, w))
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.attn_drop, self.proj_drop = nn.Dropout(attn_drop), nn.Dropout(0.0)
 
@@ -76,17 +79,18 @@ def shift_mask(height: int, width: int, window: int, shift: int) -> Tensor:  # [
     """-100 between tokens that only the shift brought together."""
     over_y, over_x = torch.arange(height) >= height - shift, torch.arange(width) >= width - shift
     region = (2 * over_y.int()[:, None] + over_x.int()).flatten()
-    region = _grouped(region[None, :, None], raster(height, width, window))[..., 0]
+    region = _grouped(region[None, :, None], raster(height, width, window), window**2)[..., 0]
     return (region[:, :, None] != region[:, None]) * -100.0
 
 
-def in_shifted_windows(attn: nn.Module, x: Tensor, window: int, shift: int) -> Tensor:  # [B, H, W, C]
+def in_shifted_windows(  # [B, H, W, C]
+    attn: nn.Module, x: Tensor, window: int, shift: int, mask: Tensor | None
+) -> Tensor:
     """Pads, shifts, attends."""
     height, width = x.shape[1:3]
     x = F.pad(x, (0, 0, 0, -width % window, 0, -height % window)).roll((-shift, -shift), (1, 2))
     size = x.shape[1:3]
-    mask = shift_mask(*size, window, shift) if shift else None
-    out = attn(_grouped(x.flatten(1, 2), raster(*size, window)), mask)
+    out = attn(_grouped(x.flatten(1, 2), raster(*size, window), window**2), mask)
     out = _ungrouped(out, raster(*size, window)).unflatten(1, size).roll((shift, shift), (1, 2))
     return out[:, :height, :width]
 
@@ -101,9 +105,9 @@ class _Swin(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim)
 
-    def _run(self, x: Tensor, height: int, width: int) -> Tensor:  # [B, L, C]
+    def _run(self, x: Tensor, height: int, width: int, mask: Tensor | None) -> Tensor:  # [B, L, C]
         maps = self.norm1(x).unflatten(1, (height, width))
-        x = x + in_shifted_windows(self.attn, maps, self.window_size, self.shift_size).flatten(1, 2)
+        x = x + in_shifted_windows(self.attn, maps, self.window_size, self.shift_size, mask).flatten(1, 2)
         return x + self.mlp(self.norm2(x))
 
 
@@ -113,9 +117,11 @@ class SwinTransformerBlock(_Swin):
     def __init__(self, dim: int, input_resolution: tuple[int, int], num_heads: int, **options):
         super().__init__(dim, num_heads, **options)
         self.input_resolution = input_resolution
+        window, shift = self.window_size, self.shift_size
+        self.register_buffer("attn_mask", shift_mask(*input_resolution, window, shift) if shift else None)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._run(x, *self.input_resolution)
+        return self._run(x, *self.input_resolution, self.attn_mask)
 
 
 class Detection:
@@ -128,8 +134,8 @@ class Detection:
             super().__init__(*args, **options)
             self.H = self.W = None
 
-        def forward(self, x: Tensor, mask_matrix: Tensor) -> Tensor:
-            return self._run(x, self.H, self.W)
+        def forward(self, x: Tensor, mask_matrix: Tensor | None) -> Tensor:
+            return self._run(x, self.H, self.W, mask_matrix if self.shift_size else None)
 
 
 class ShiftWindowMSA(nn.Module):
@@ -142,7 +148,9 @@ class ShiftWindowMSA(nn.Module):
         self.drop = nn.Identity()
 
     def forward(self, query: Tensor, hw_shape: tuple[int, int]) -> Tensor:
-        out = in_shifted_windows(self.w_msa, query.unflatten(1, hw_shape), self.window_size, self.shift_size)
+        window, shift = self.window_size, self.shift_size
+        mask = shift_mask(*(-(-n // window) * window for n in hw_shape), window, shift) if shift else None
+        out = in_shifted_windows(self.w_msa, query.unflatten(1, hw_shape), window, shift, mask)
         return self.drop(out.flatten(1, 2))
 
 
@@ -160,21 +168,29 @@ class DynamicPosBias(nn.Module):
 
 
 class Attention(nn.Module):
-    """CrossFormer's, on groups [B * groups, Gh Gw, C], with a mask [groups, N] of the places to attend to."""
+    """CrossFormer's, on groups [B * groups, Gh Gw, C], with a mask [groups, N] of the places to attend to; that of the
+    first classification code stores the offsets of its groups.
+    """
 
-    def __init__(self, dim: int, num_heads: int, position_bias: bool = True):
+    def __init__(self, dim: int, num_heads: int, group_size: int | None = None, position_bias: bool = True):
         super().__init__()
         self.dim, self.num_heads, self.position_bias = dim, num_heads, position_bias
         self.scale = (dim // num_heads) ** -0.5
         if position_bias:
             self.pos = DynamicPosBias(dim, num_heads)
+        if group_size is not None:
+            self.group_size = (group_size, group_size)
+            self.register_buffer("biases", torch.cartesian_prod(*[torch.arange(1.0 - group_size, group_size)] * 2))
+            self.register_buffer("relative_position_index", _index(*self.group_size))
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.attn_drop, self.proj_drop = nn.Dropout(0.0), nn.Dropout(0.0)
 
     def forward(self, x: Tensor, height: int, width: int, mask: Tensor | None = None) -> Tensor:
         q, k, v = _heads(self.qkv(x), self.num_heads)
         logits = self.scale * q @ k.mT
-        if self.position_bias:
+        if hasattr(self, "biases"):
+            logits = logits + self.pos(self.biases)[self.relative_position_index].permute(2, 0, 1)
+        elif self.position_bias:
             place = torch.arange(height * width)
             places = torch.stack((place // width, place % width), -1).to(x.dtype)
             logits = logits + self.pos(places[:, None] - places).permute(2, 0, 1)
@@ -210,8 +226,8 @@ class _CrossFormer(nn.Module):
         outside = F.pad(torch.zeros(1, height, width, 1), (0, 0, 0, pads[1], 0, pads[0]), value=1.0)
         (y, _), (z, count) = (_axis(n, g, i) for n, g, i in zip(x.shape[1:3], group, interval))
         groups = (y[:, None] * count + z).flatten()
-        mask = _grouped(outside.flatten(1, 2), groups)[..., 0] if any(pads) else None
-        out = self.attn(_grouped(x.flatten(1, 2), groups), *group, mask)
+        mask = _grouped(outside.flatten(1, 2), groups, group[0] * group[1])[..., 0] if any(pads) else None
+        out = self.attn(_grouped(x.flatten(1, 2), groups, group[0] * group[1]), *group, mask)
         return _ungrouped(out, groups).unflatten(1, tuple(x.shape[1:3]))[:, :height, :width]
 
     def _run(self, x: Tensor, height: int, width: int, group: tuple[int, int], interval: tuple[int, int]) -> Tensor:
@@ -221,6 +237,10 @@ class _CrossFormer(nn.Module):
 
 class FirstClassification:
     class CrossFormerBlock(_CrossFormer):
+        def __init__(self, dim: int, num_heads: int, group_size: int = 7, *args, **options):
+            super().__init__(dim, num_heads, group_size, *args, **options)
+            self.attn = Attention(dim, num_heads, group_size)
+
         def forward(self, x: Tensor) -> Tensor:
             height, width = self.input_resolution
             group = (self.group_size,) * 2

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import pickle
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,8 +21,12 @@ from conftest import assert_graph_replays, import_torchvision
 from golden import assert_golden
 from test_models import gradients, randomise, relative
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.nn.utils import parametrize, prune
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vitkernels import _dispatch, accelerate, use_backend
+from vitkernels.integrations import recipe
 
 SMALL_SWIN = {"embed_dim": 32, "depths": (2, 2), "num_heads": (1, 2)}
 
@@ -114,6 +120,29 @@ MVITS: dict[str, tuple[Callable, tuple[int, ...], int]] = {
 }
 
 
+class Operators(TorchDispatchMode):
+    """Which operators of vitkernels run within it."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names += [func.name()] * (func.namespace == "vitkernels")
+        return func(*args, **(kwargs or {}))
+
+    def attentions(self) -> int:
+        """How often attention ran."""
+        return sum(name.endswith("attention_forward") for name in self.names)
+
+
+def fused(call: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, bool]:
+    """What a call returns, and whether it was fused."""
+    with Operators() as operators:
+        out = call()
+    return out, operators.attentions() > 0
+
+
 def assert_same(model: nn.Module, images: torch.Tensor, expected_modules: int, output: float, gradient: float) -> None:
     """The accelerated model's output and all its gradients, with logits of which the softmax is not flat."""
     randomise(model)
@@ -126,7 +155,9 @@ def assert_same(model: nn.Module, images: torch.Tensor, expected_modules: int, o
     expected = gradients(model, images, cotangent)
     report = accelerate(model)
     assert len(report.replaced) == expected_modules and not report.skipped, report
-    found = gradients(model, images, cotangent)
+    with Operators() as operators:
+        found = gradients(model, images, cotangent)
+    assert operators.attentions() >= expected_modules
     names = ("output", "images", *(name for name, _ in model.named_parameters()))
     largest = max(g.abs().max() for g in expected[1:])
     for name, a, b in zip(names, expected, found, strict=True):
@@ -211,13 +242,13 @@ def test_results_stay_of_published_files(name):
     randomise(block.eval())
     fresh = copy.deepcopy(block)
     cotangent = torch.randn(32)
+    report = accelerate(block)
+    assert len(report.replaced) == 1 and not report.skipped, report
     results = []
     for module in (fresh, block):
-        if module is block:
-            report = accelerate(block)
-            assert len(report.replaced) == 1 and not report.skipped, report
         x = args[0].clone().requires_grad_()
-        out = module(x, *args[1:])
+        out, ran = fused(lambda module=module, x=x: module(x, *args[1:]))
+        assert ran == (module is block and not name.endswith("small"))
         results.append([out, *torch.autograd.grad(out, [x, *module.parameters()], cotangent.expand_as(out))])
     largest = max(g.abs().max() for g in results[0][1:])
     for i, (a, b) in enumerate(zip(*results, strict=True)):
@@ -350,6 +381,13 @@ SPOILT = {
     "scale": (swin_block, "attn.scale", "large", "its scale is 'large'"),
     "scale that is ignored": (maxvit_block, "attn.scale", 0.5, "its scale is 0.5, which PyTorch's attention inside"),
     "attention": (swin_block, "attn", nn.Identity(), "a Identity where a WindowAttention is expected"),
+    "index": (
+        swin_block,
+        "attn.relative_position_index",
+        torch.zeros(3).long(),
+        "its relative_position_index has other",
+    ),
+    "softmax": (swin_block, "attn.softmax", nn.Sigmoid(), "its softmax is a Sigmoid, which no kernel here computes"),
     "replaced": (swin_block, "_attn", print, "its _attn was replaced by something else before"),
     "inner replaced": (swin_block, "attn.forward", print, "its forward was replaced by something else before"),
     "MaxViT's table": (
@@ -381,9 +419,10 @@ def test_of_that_name_with_another_forward():
     """What looks like Microsoft's block is compared with what would run: here norms come after, as in Swin V2."""
 
     class SwinTransformerBlock(published.SwinTransformerBlock):
-        def _run(self, x, height, width):
+        def _run(self, x, height, width, mask):
             maps = x.unflatten(1, (height, width))
-            x = x + self.norm1(published.in_shifted_windows(self.attn, maps, 7, self.shift_size).flatten(1, 2))
+            out = published.in_shifted_windows(self.attn, maps, 7, self.shift_size, mask)
+            x = x + self.norm1(out.flatten(1, 2))
             return x + self.norm2(self.mlp(x))
 
     SwinTransformerBlock.__module__ = published.__name__
@@ -502,6 +541,506 @@ def test_what_no_kernel_takes(monkeypatch):
         assert "head_dim 36 is not a multiple of 8" in only_reason(swin_block(head_dim=36))
 
 
+# What it honours: masks, parts, buffers
+
+
+MASKS = {
+    "usual": (lambda mask: mask, True),
+    "float16": (lambda mask: mask.half(), True),
+    "none": (lambda mask: None, False),
+    "zeros": (torch.zeros_like, False),
+    "-inf": (lambda mask: mask.masked_fill(mask < 0, -torch.inf), False),
+    "one pair": (lambda mask: mask + torch.zeros_like(mask).index_fill_(0, torch.tensor(0), -1.0), False),
+    "learned": (lambda mask: mask.clone().requires_grad_(), False),
+}
+
+
+@pytest.mark.parametrize("shift", [3, 0])
+@pytest.mark.parametrize("mask", MASKS)
+def test_the_mask_of_the_caller_decides(mask, shift):
+    change, usual = MASKS[mask]
+    torch.manual_seed(0)
+    block, (x, given) = detection(16, 23, shift)
+    randomise(block.eval())
+    given = change(given)
+    expected = block(x, given)
+    report = accelerate(block)
+    assert len(report.replaced) == 1, report
+    out, ran = fused(lambda: block(x, given))
+    assert relative(out, expected) < 1e-4
+    assert ran == (usual or not shift)
+    assert relative(block(x, mask_matrix=given), expected) < 1e-4
+    assert ("as before with other masks" in report.replaced[0].now) == (shift > 0)
+
+
+def test_a_mask_is_compared_once(monkeypatch):
+    """For all blocks of a stage; again after it has changed, and at every call in inference mode, where changes leave
+    no trace.
+    """
+    block, (x, mask) = detection(16, 23, 3)
+    accelerate(block)
+    made = []
+    shift_mask = recipe.shift_mask
+    monkeypatch.setattr(recipe, "shift_mask", lambda *args: made.append(args) or shift_mask(*args))
+    other = copy.deepcopy(block)
+    for b in (block, other, block):
+        assert fused(lambda b=b: b(x, mask))[1]
+    assert len(made) == 1
+    mask[0, 0, 1] = -7
+    assert not fused(lambda: block(x, mask))[1] and len(made) == 2
+    with torch.inference_mode():
+        mask = published.shift_mask(21, 28, 7, 3)
+        assert fused(lambda: block(x, mask))[1] and len(made) == 3
+        mask.zero_()
+        assert not fused(lambda: block(x, mask))[1] and len(made) == 4
+
+
+@pytest.mark.parametrize("mask", ["usual", "zeros"])
+def test_a_mask_in_a_graph(mask):
+    """Its values are not known while a graph is made: the graph serves every mask."""
+    block, (x, usual) = detection(16, 23, 3)
+    randomise(block.eval())
+    masks = [MASKS[name][0](usual) for name in (mask, "usual", "zeros")]
+    expected = [block(x, mask) for mask in masks]
+    accelerate(block)
+    torch.compiler.reset()
+    with torch.no_grad():
+        compiled = torch.compile(block, fullgraph=True, backend="eager")
+        exported = torch.export.export(block, (x, masks[0])).module()
+        for masked, out in zip(masks, expected):
+            assert relative(compiled(x, masked), out) < 1e-4 and relative(exported(x, masked), out) < 1e-4
+
+
+def test_a_mask_that_is_stored_for_another_map():
+    """timm's block takes one of as many windows, and so it does accelerated."""
+    block = swin_block().eval()
+    randomise(block)
+    x = torch.randn(1, 14, 56, 32)
+    expected = block(x)
+    accelerate(block)
+    assert relative(block(x), expected) < 1e-5
+
+
+@pytest.mark.parametrize("part", ["softmax", "attn_drop"])
+def test_hooks_of_what_the_kernel_stands_for(part):
+    """Those that look at the attention weights: the block runs as before."""
+    block = swin_block()
+    accelerate(block)
+    shapes = []
+    getattr(block.attn, part).register_forward_hook(lambda module, args, out: shapes.append(tuple(out.shape)))
+    block(torch.randn(1, 28, 28, 32))
+    assert shapes == [(16, 1, 49, 49)]
+
+
+class Twice(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Adapter(nn.Module):
+    """Something beside a layer, as in LoRA."""
+
+    def __init__(self, layer: nn.Module, dim: int):
+        super().__init__()
+        self.layer, self.side = layer, nn.Linear(dim, layer.out_features)
+
+    def forward(self, x):
+        return self.layer(x) + self.side(x)
+
+
+class Negative(nn.Module):
+    def forward(self, weight):
+        return -weight
+
+
+def pruned(layer: nn.Module) -> nn.Module:
+    return prune.l1_unstructured(layer, "weight", amount=0.5)
+
+
+def parametrised(layer: nn.Module) -> nn.Module:
+    return parametrize.register_parametrization(layer, "weight", Negative())
+
+
+def hooked(layer: nn.Module) -> nn.Module:
+    layer.register_forward_hook(lambda module, args, out: 2 * out)
+    return layer
+
+
+def quantised(layer: nn.Module) -> nn.Module:
+    return torch.ao.quantization.quantize_dynamic(nn.Sequential(layer), {nn.Linear}, dtype=torch.qint8)[0]
+
+
+def biased(conv: nn.Conv2d) -> nn.Conv2d:
+    return nn.Conv2d(32, 32, conv.kernel_size, conv.stride, conv.padding, groups=32)
+
+
+def torchvision_attention(name: str = "ShiftedWindowAttention") -> nn.Module:
+    swin = import_torchvision()[0].models.swin_transformer
+    return getattr(swin, name)(16, [7, 7], [3, 3], 2)
+
+
+def torchvision_attention_v2() -> nn.Module:
+    return torchvision_attention("ShiftedWindowAttentionV2")
+
+
+def mvit_attention(**options) -> nn.Module:
+    return mvit(**options).stages[1].blocks[0].attn
+
+
+def torchvision_mvit_attention() -> nn.Module:
+    return torchvision_mvit(import_torchvision()[0].models, v2=True).blocks[1].attn
+
+
+def first_detection() -> nn.Module:
+    return crossformer(published.FirstDetection, 10, 15, interval=4, **LDA)[0]
+
+
+def first_classification() -> nn.Module:
+    return crossformer(published.FirstClassification, 14, 21)[0]
+
+
+# by name: the module, the arguments of its forward, what in it is changed and how
+CHANGED = {
+    "torchvision's projection, another": (torchvision_attention, (1, 10, 23, 16), "proj", lambda _: Twice(16, 16)),
+    "torchvision's qkv, another": (torchvision_attention, (1, 10, 23, 16), "qkv", lambda _: Twice(16, 48)),
+    "torchvision V2's qkv, another": (torchvision_attention_v2, (1, 10, 23, 16), "qkv", lambda _: Twice(16, 48)),
+    "torchvision's qkv, parametrised": (torchvision_attention, (1, 10, 23, 16), "qkv", parametrised),
+    "torchvision's projection, hooked": (torchvision_attention, (1, 10, 23, 16), "proj", hooked),
+    "torchvision V2's position MLP": (torchvision_attention_v2, (1, 10, 23, 16), "cpb_mlp.0", hooked),
+    "timm's projection, another": (lambda: swin_block(), (1, 28, 28, 32), "attn.proj", lambda _: Twice(32, 32)),
+    "timm's qkv, pruned": (lambda: swin_block(), (1, 28, 28, 32), "attn.qkv", pruned),
+    "timm's qkv, quantised": (lambda: swin_block(), (1, 28, 28, 32), "attn.qkv", quantised),
+    "timm MViT's pool, pruned": (mvit_attention, (1, 256, 32), "pool_k", pruned),
+    "timm MViT's pool, parametrised": (mvit_attention, (1, 256, 32), "pool_q", parametrised),
+    "timm MViT's pool, hooked": (lambda: mvit_attention(mode="max"), (1, 256, 32), "pool_v", hooked),
+    "timm MViT's norm, parametrised": (mvit_attention, (1, 256, 32), "norm_v", parametrised),
+    "timm MViT's norm, hooked": (mvit_attention, (1, 256, 32), "norm_q", hooked),
+    "timm MViT's pool, another": (mvit_attention, (1, 256, 32), "pool_k", biased),
+    "timm MViT's norm, another": (mvit_attention, (1, 256, 32), "norm_k", lambda _: nn.LayerNorm(32, eps=0.1)),
+    "torchvision MViT's pool, wrapped": (torchvision_mvit_attention, (1, 513, 64), "pool_q", lambda pool: Logged(pool)),
+    "torchvision MViT's pool": (torchvision_mvit_attention, (1, 513, 64), "pool_k.pool", pruned),
+    "torchvision MViT's norm": (torchvision_mvit_attention, (1, 513, 64), "pool_k.norm_act.0", hooked),
+    "CrossFormer's position MLP, pruned": (first_detection, (1, 150, 32), "attn.pos.pos1.2", pruned),
+    "CrossFormer's position MLP, parametrised": (first_detection, (1, 150, 32), "attn.pos.pos3.2", parametrised),
+    "CrossFormer's position MLP, adapted": (
+        first_detection,
+        (1, 150, 32),
+        "attn.pos.pos2.2",
+        lambda layer: Adapter(layer, 2),
+    ),
+    "CrossFormer's position MLP, quantised": (first_detection, (1, 150, 32), "attn.pos.pos_proj", quantised),
+    "CrossFormer's position MLP, hooked": (
+        first_classification,
+        (1, 294, 32),
+        "attn.pos",
+        lambda pos: pos.register_forward_hook(lambda module, args, out: 2 * out) and pos,
+    ),
+}
+
+
+def others(module: nn.Module, x: torch.Tensor) -> tuple:
+    """What its forward takes beside the tokens."""
+    if "feat_size" in inspect.signature(type(module).forward).parameters:
+        return ([16, 16],)
+    if "thw" in inspect.signature(type(module).forward).parameters:
+        return ((2, 16, 16),)
+    return (10, 15) if "H" in inspect.signature(type(module).forward).parameters else ()
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("name", CHANGED)
+def test_parts_act_as_they_did(name, when):
+    """Two steps of training: the outputs, and the gradients of what is changed and around it."""
+    make, shape, part, change = CHANGED[name]
+    torch.manual_seed(0)
+    module = make().eval()
+    randomise(module)
+    x = torch.randn(shape)
+    results = []
+    for fast in (False, True):
+        torch.manual_seed(3)
+        one = copy.deepcopy(module)
+        if fast and when == "after":
+            assert accelerate(one).replaced
+        spoil(one, part, change(one.get_submodule(part)))
+        if fast and when == "before":
+            accelerate(one)
+        steps = []
+        for _ in range(2):
+            out = one(x, *others(one, x))
+            out = out[0] if isinstance(out, tuple) else out
+            steps.append(out)
+            parameters = [p for p in one.parameters() if p.requires_grad]
+            gradients = torch.autograd.grad(out.cos().sum(), parameters, allow_unused=True)
+            steps += [torch.zeros(()) if g is None else g for g in gradients]
+        results.append(steps)
+    for expected, found in zip(*results, strict=True):
+        assert (found - expected).abs().max() <= 2e-3 * expected.abs().max().clamp_min(0.05)
+
+
+def part_of(model: nn.Module, name: str) -> Callable[[], nn.Module]:
+    return lambda: model().get_submodule(name)
+
+
+def torchvision_layer() -> nn.Module:
+    return torchvision_maxvit(import_torchvision()[0].models).blocks[0].layers[0].layers.grid_attention
+
+
+BUFFERS = {
+    "timm's mask": (swin_block, "attn_mask"),
+    "timm's index": (swin_block, "attn.relative_position_index"),
+    "timm V2's mask": (lambda: swin_v2().layers[0].blocks[1], "attn_mask"),
+    "timm V2's index": (lambda: swin_v2().layers[0].blocks[0], "attn.relative_position_index"),
+    "torchvision's index": (torchvision_attention, "relative_position_index"),
+    "torchvision V2's index": (torchvision_attention_v2, "relative_position_index"),
+    "timm MaxViT's index": (lambda: maxvit_block("maxvit_tiny_rw_224"), "attn.rel_pos.relative_position_index"),
+    "timm MaxViT's index, MLP": (
+        lambda: maxvit_block("maxvit_rmlp_tiny_rw_256"),
+        "attn.rel_pos.relative_position_index",
+    ),
+    "timm MaxViT's lookup": (maxvit_block, "attn.rel_pos.height_lookup"),
+    "torchvision MaxViT's index": (torchvision_layer, "attn_layer.1.relative_position_index"),
+    "Microsoft's mask": (lambda: microsoft(14, 21, 3)[0], "attn_mask"),
+    "Microsoft's index": (lambda: microsoft(14, 21, 3)[0], "attn.relative_position_index"),
+    "MMDetection's index": (lambda: mmdetection(16, 23, 0)[0], "w_msa.relative_position_index"),
+    "CrossFormer's index": (first_classification, "attn.relative_position_index"),
+    "CrossFormer's offsets": (first_classification, "attn.biases"),
+}
+
+
+@pytest.mark.parametrize("name", BUFFERS)
+def test_buffers_that_were_changed(name):
+    """Compared with their formula: the module is left alone, and given back where it was served before."""
+    make, buffer = BUFFERS[name]
+    module = make()
+    assert accelerate(module).replaced
+    module.get_buffer(buffer)[-1] = 0
+    before = f"its {buffer.rpartition('.')[2]} has other values than"
+    report = accelerate(module)
+    assert not report.replaced and before in report.skipped[0].reason
+    assert before in only_reason(module)
+
+
+def test_a_mask_where_no_shift_is():
+    block = swin().layers[0].blocks[0]
+    block.attn_mask = torch.zeros(16, 49, 49)
+    assert "its attn_mask is set" in only_reason(block)
+    block = swin_block()
+    block.attn_mask = None
+    assert "its attn_mask is missing" in only_reason(block)
+
+
+@pytest.mark.parametrize("name", ["timm", "torchvision", "timm MaxViT"])
+def test_buffers_that_are_read_may_be_changed(name):
+    make, shape, buffer = {
+        "timm": (lambda: swin_v2().layers[0].blocks[1], (1, 32, 32, 32), "attn.relative_coords_table"),
+        "torchvision": (torchvision_attention_v2, (1, 10, 23, 16), "relative_coords_table"),
+        "timm MaxViT": (
+            lambda: maxvit_block("maxvit_rmlp_tiny_rw_256"),
+            (1, 24, 24, 32),
+            "attn.rel_pos.rel_coords_log",
+        ),
+    }[name]
+    module = make().eval()
+    randomise(module)
+    module.get_buffer(buffer).normal_()
+    x = torch.randn(shape)
+    expected = module(x)
+    assert accelerate(module).replaced
+    assert relative(module(x), expected) < 1e-4
+
+
+def test_buffers_without_values():
+    report = accelerate(swin().to("meta"), force=True)
+    assert len(report.replaced) == 4
+    assert all("on the meta device, are taken to be as published" in replaced.now for replaced in report.replaced)
+
+
+def test_methods_that_were_replaced():
+    block = swin_block()
+    block.forward = partial(type(block).forward, block)
+    assert accelerate(block).replaced, "its forward still calls what is replaced"
+    block.attn._get_rel_pos_bias = lambda: torch.zeros(1, 1, 49, 49)
+    report = accelerate(block)
+    assert "its _get_rel_pos_bias was replaced by something else before" in report.skipped[0].reason
+    assert "_get_rel_pos_bias was replaced" in only_reason(block)
+    block = maxvit_block()
+    block.attn.rel_pos.get_bias = lambda: torch.zeros(1, 1, 9, 9)
+    assert "its get_bias was replaced" in only_reason(block)
+
+
+BLOCKS = {
+    "timm": (swin_block, (1, 28, 28, 32), "attn"),
+    "timm V2": (lambda: swin_v2().layers[0].blocks[1], (1, 32, 32, 32), "attn"),
+    "timm MaxViT": (maxvit_block, (1, 24, 24, 32), "attn"),
+    "timm MaxViT, parallel": (
+        lambda: maxvit("maxvit_tiny_pm_256").stages[0].blocks[0].attn,
+        (1, 24, 24, 32),
+        "attn_grid",
+    ),
+    "torchvision MaxViT": (torchvision_layer, (1, 32, 28, 28), "attn_layer.1"),
+    "Microsoft's": (lambda: microsoft(14, 21, 3)[0], (1, 294, 32), "attn"),
+    "CrossFormer's": (first_detection, (1, 150, 32), "attn"),
+}
+
+
+class Logged(nn.Module):
+    """A wrapper that accelerate does not know."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args, **kwargs):
+        return self.inner(*args, **kwargs)
+
+
+WRAPPERS = {
+    "undone": (None, False),
+    "another": (copy.deepcopy, False),
+    "unknown": (Logged, False),
+    "checkpointed": (checkpoint_wrapper, True),
+    "compiled": (lambda attn: torch.compile(attn, backend="eager"), True),
+}
+
+
+@pytest.mark.parametrize("how", WRAPPERS)
+@pytest.mark.parametrize("name", BLOCKS)
+def test_attention_that_is_no_longer_the_one_that_was_accelerated(name, how):
+    """The block runs its own method, unless the attention module still takes whole maps."""
+    make, shape, part = BLOCKS[name]
+    block = make().eval()
+    randomise(block)
+    x = torch.randn(shape)
+    rest = others(block, x)
+    expected = block(x, *rest)
+    attn = block.get_submodule(part)
+    fresh = copy.deepcopy(attn)
+    report = accelerate(block)
+    assert fused(lambda: block(x, *rest))[1]
+    wrap, serves = WRAPPERS[how]
+    if how == "undone":
+        del attn.forward
+    elif part == "attn_layer.1":
+        block.attn_layer[1] = wrap(fresh if how == "another" else attn)
+    else:
+        setattr(block, part, wrap(fresh if how == "another" else attn))
+    out, ran = fused(lambda: block(x, *rest))
+    assert relative(out, expected) < 1e-4
+    assert ran == serves or name.endswith("parallel")
+    report.undo()
+    assert relative(block(x, *rest), expected) < 1e-4
+
+
+def test_attention_that_two_blocks_share():
+    model = swin()
+    a, b = model.layers[0].blocks
+    x = torch.randn(1, 28, 28, 32)
+    b.attn = a.attn
+    expected = a(x)
+    accelerate(a)
+    report = accelerate(b)
+    assert relative(b(x), copy.deepcopy(b)(x)) < 1e-4
+    report.undo()
+    assert relative(a(x), expected) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("library", ["timm", "torchvision"])
+def test_cosines_of_padded_maps_in_half_precision(library, autocast, dtype):
+    """Keys of padded tokens are zero, and the epsilon of their norm is zero in float16."""
+    torch.manual_seed(0)
+    if library == "timm":
+        module, x = swin_v2(strict_img_size=False).layers[0].blocks[1], torch.randn(1, 9, 21, 32)
+    else:
+        module, x = torchvision_attention_v2(), torch.randn(1, 9, 21, 16)
+    randomise(module.eval())
+    expected = module(x).detach()
+    accelerate(module)
+    if not autocast:
+        module, x = module.to(dtype), x.to(dtype)
+    x.requires_grad_()
+    with torch.autocast("cpu", dtype, enabled=autocast):
+        out = module(x)
+    out.float().cos().sum().backward()
+    assert relative(out.float(), expected) < 8 * torch.finfo(dtype).eps
+    assert x.grad.isfinite().all() and all(p.grad is None or p.grad.isfinite().all() for p in module.parameters())
+
+
+def other_strides(module: nn.Module, *args) -> set[str]:
+    """Parameters of which the gradient has other strides."""
+    module(*args).sum().backward()
+    grads = {name: (p, p.grad) for name, p in module.named_parameters() if p.grad is not None}
+    module.zero_grad()
+    return {name for name, (p, grad) in grads.items() if grad.stride() != p.stride()}
+
+
+@pytest.mark.parametrize("name", [*MODELS, *MVITS, *PUBLISHED])
+def test_gradients_have_the_strides_of_their_parameters(name, torchvision):
+    """As DistributedDataParallel wants them, except where they have not as shipped: outside of the attention."""
+    if name in PUBLISHED:
+        model, args = PUBLISHED[name]()
+    else:
+        make, size, _ = (MODELS | MVITS)[name]
+        model, args = make(torchvision.models), (torch.randn(1, 3, *size),)
+    before = other_strides(model, *args)
+    accelerate(model)
+    after = other_strides(model, *args)
+    assert after <= before and not any("attn" in name for name in after)
+
+
+@pytest.mark.parametrize("family", ["timm mvit", "torchvision mvit"])
+def test_gradients_of_pools_have_the_strides_of_channels_last(family):
+    make, size = FAMILIES[family]
+    model = make().to(memory_format=torch.channels_last if len(size) == 3 else torch.channels_last_3d)
+    accelerate(model)
+    assert not any("pool" in name for name in other_strides(model, torch.randn(1, *size)))
+
+
+SIGNATURES = {
+    "timm": (swin_block, "attn.forward"),
+    "torchvision": (torchvision_attention, "forward"),
+    "timm MViT": (mvit_attention, "forward"),
+    "torchvision MaxViT": (torchvision_layer, "forward"),
+    "CrossFormer": (first_detection, "forward"),
+}
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_signatures_stay(name):
+    make, path = SIGNATURES[name]
+    module, (part, _, method) = make(), path.rpartition(".")
+    own = getattr(module.get_submodule(part), method)
+    expected = inspect.signature(own), own.__doc__
+    accelerate(module)
+    for one in (module, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        now = getattr(one.get_submodule(part), method)
+        assert now != own and (inspect.signature(now), now.__doc__) == expected
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_exports_with_dynamic_shapes_by_name(strict):
+    module, x = torchvision_attention().eval(), torch.randn(2, 14, 21, 16)
+    accelerate(module)
+    batch = torch.export.Dim("batch")
+    program = torch.export.export(module, (x,), dynamic_shapes={"x": {0: batch}}, strict=strict)
+    more = torch.randn(5, 14, 21, 16)
+    assert relative(program.module()(more), module(more)) < 1e-4
+
+
+def test_windows_of_three_axes():
+    """MONAI's Swin blocks have the names and parts of Microsoft's."""
+    block = published.SwinTransformerBlock(32, (14, 14), 2)
+    block.window_size = block.shift_size = (7, 7, 7)
+    reason = only_reason(block)
+    assert reason.startswith("its window_size is (7, 7, 7) where the published class has an int") and "3 axes" in reason
+    block.window_size = (7, 7)
+    assert only_reason(block) == "its window_size is (7, 7) where the published class has an int"
+    block.window_size = 7
+    assert "its shift_size is (7, 7, 7)" in only_reason(block)
+
+
 # What it does to a model
 
 
@@ -568,9 +1107,13 @@ def test_attention_modules_still_take_windows():
     """As they did before: what calls them by itself goes on to work."""
     block = swin_block()
     windows = torch.randn(4, 49, 32)
-    expected = block.attn(windows)
+    mask = torch.randn(2, 49, 49)
+    expected = block.attn(windows), block.attn(windows, mask)
     accelerate(block)
-    assert torch.equal(block.attn(windows), expected)
+    assert torch.equal(block.attn(windows), expected[0])
+    assert torch.equal(block.attn(windows, mask), expected[1]) and torch.equal(
+        block.attn(windows, mask=mask), expected[1]
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -704,8 +1247,6 @@ def test_activation_checkpointing(family):
 
 
 def test_checkpointing_of_timm_and_of_wrapped_attention():
-    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-
     model, images, _ = example("timm swin")
     cotangent = torch.randn(10)
     expected = gradients(model, images, cotangent)
@@ -752,6 +1293,18 @@ def test_features_by_fx(family):
     model, images, expected = example(family)
     node = {"torchvision swin": "head", "torchvision maxvit": "classifier"}[family]
     assert relative(create_feature_extractor(model, {node: "logits"})(images)["logits"], expected) < 1e-4
+
+
+class ByKeyword(Logged):
+    def forward(self, x):
+        return self.inner(x=x)
+
+
+def test_fx_sees_methods_that_are_called_by_keyword():
+    module = ByKeyword(torchvision_attention())
+    accelerate(module)
+    x = torch.randn(1, 14, 21, 16)
+    assert relative(torch.fx.symbolic_trace(module)(x), module(x)) < 1e-4
 
 
 @pytest.mark.parametrize("family", ["timm swin", "timm maxvit", "torchvision mvit"])

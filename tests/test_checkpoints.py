@@ -159,9 +159,10 @@ WRITTEN: dict[str, tuple[str, dict, Callable[[nn.Module], dict]]] = {
     "timm's MaxViT (tf)": ("maxvit_tiny", {}, timm_maxvit),
     "timm's MaxViT (rw)": ("maxvit_tiny", {"style": "rw"}, timm_maxvit),
     "torchvision's MaxViT": ("maxvit_tiny", {"style": "torchvision"}, torchvision_maxvit),
-    "MViT": ("mvit_v1_base_16x4", {}, slowfast),
+    "SlowFast's MViT": ("mvit_v1_base_16x4", {}, slowfast),
     "torchvision's MViT": ("mvit_v1_base_16x4", {}, torchvision_mvit),
     "timm's MViTv2": ("mvit_v2_tiny", {}, timm_mvit),
+    "MViT": ("mvit_v2_tiny", {}, same),
     "BOAT-CSWin of vitkernels": ("boat_cswin_tiny", {}, same),
     "MaxViT of vitkernels": ("maxvit_tiny", {}, same),
 }
@@ -187,6 +188,36 @@ def test_published_names(source, tmp_path):
     buffers = ("biases", "relative_position_index", "attn_mask")
     assert all(name.endswith(buffers) for name in found.left_out)
     assert bool(found.left_out) == (source in ("CrossFormer", "BOAT-Swin", "torchvision's MaxViT"))
+
+
+def test_image_models_of_slowfast_pool_volumes_of_one_frame(tmp_path):
+    theirs, ours = build("mvit_v2_tiny", 1), build("mvit_v2_tiny", 2)
+    state = slowfast(theirs)["model_state"]
+    volumes = {name: value.unsqueeze(2) if ".attn.pool_" in name else value for name, value in state.items()}
+    assert volumes["blocks.0.attn.pool_q.weight"].shape == (16, 1, 1, 3, 3)
+    for file in (volumes, {name: value for name, value in volumes.items() if not name.startswith("head.")}):
+        torch.save({"model_state": file}, tmp_path / "weights.pyth")
+        ours = build("mvit_v2_tiny", 2, num_classes=5 if file is volumes else 0)
+        load_checkpoint(ours, tmp_path / "weights.pyth")
+        assert all(torch.equal(value, theirs.state_dict()[name]) for name, value in ours.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "write, index",
+    [(slowfast, "slowfast"), (timm_mvit, "slowfast"), (torchvision_mvit, "torchvision"), (same, None), (None, None)],
+    ids=["slowfast", "timm", "torchvision", "vitkernels", "a file that is refused"],
+)
+@pytest.mark.parametrize("own", ["exact", "slowfast", "torchvision"])
+def test_the_rule_of_relative_distances_comes_with_the_weights(write, index, own, tmp_path):
+    theirs, ours = build("mvit_v2_tiny", 1), build("mvit_v2_tiny", 2, index=own)
+    if write is None:
+        torch.save({**torchvision_mvit(theirs), "head.1.bias": torch.zeros(6)}, tmp_path / "weights.pth")
+        with pytest.raises(ValueError, match="do not fit"):
+            load_checkpoint(ours, tmp_path / "weights.pth")
+    else:
+        torch.save(write(theirs), tmp_path / "weights.pth")
+        load_checkpoint(ours, tmp_path / "weights.pth")
+    assert {ours.index, *(block.attn.index for block in ours.blocks)} == {index or own}
 
 
 def test_safetensors(tmp_path):
@@ -276,6 +307,17 @@ def holding(value: object) -> Callable:
     return lambda path, model: torch.save(value, path)
 
 
+LAST = "layers.3.blocks.0.mlp.fc2.weight"  # a matrix near the end
+
+
+def last_as(change: Callable[[Tensor], Tensor]) -> Callable:
+    def write(path, model):
+        state = build("boat_swin_tiny", 1).state_dict()
+        torch.save({**state, LAST: change(state[LAST])}, path)
+
+    return write
+
+
 # into a boat_swin_tiny
 REFUSED: dict[str, tuple[str, Callable, str]] = {
     "half a file": ("a.pth", half_a_file, "cannot be read: it is no whole file of torch.save"),
@@ -296,6 +338,24 @@ REFUSED: dict[str, tuple[str, Callable, str]] = {
     ),
     "something else": ("a.pth", holding({"conv1.weight": torch.zeros(1)}), "weights of none of CrossFormer, BOAT-Swin"),
     "nothing": ("a.pth", holding({}), "names begin with nothing"),
+    **{
+        f"an entry that is {name}": ("a.pth", last_as(change), rf"1 of another kind: {LAST} {message}.*must hold each")
+        for name, change, message in (
+            ("sparse", lambda x: x.to_sparse(), "is a torch.sparse_coo tensor"),
+            ("sparse rows", lambda x: x.to_sparse_csr(), "is a torch.sparse_csr tensor"),
+            ("meta", lambda x: x.to("meta"), "is on the meta device and has no values"),
+            ("quantised", lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), "is torch.qint8, expected fl"),
+            ("complex", lambda x: x.to(torch.complex64), "is torch.complex64, expected floating-point"),
+            ("bool", lambda x: x > 0, "is torch.bool, expected floating-point"),
+            ("int", lambda x: x.int(), "is torch.int32, expected floating-point"),
+            ("float8", lambda x: x.to(torch.float8_e4m3fn), "is torch.float8_e4m3fn, expected floating-point"),
+        )
+    },
+    "several entries of other kinds": (
+        "a.pth",
+        lambda path, model: torch.save({n: v.bool() for n, v in model.state_dict().items()}, path),
+        r"\d+ of another kind: patch_embed.proj.weight is torch.bool.* and \d+ more\.",
+    ),
     "a block less": (
         "a.pth",
         without("layers.1.blocks.1.norm"),
@@ -314,6 +374,7 @@ REFUSED: dict[str, tuple[str, Callable, str]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:torch.quantize_per_tensor", "ignore:TypedStorage")
 @pytest.mark.parametrize("what", REFUSED)
 def test_refusals_change_nothing(what, tmp_path):
     name, write, message = REFUSED[what]
@@ -336,5 +397,66 @@ def test_refused_models(tmp_path):
         load_checkpoint(nn.Linear(1, 1), path)
     with torch.device("meta"):
         model = create_model("maxvit_tiny")
-    with pytest.raises(ValueError, match="the model is on the meta device; model.to_empty"):
+    with pytest.raises(ValueError, match="the model are on the meta device; model.to_empty"):
         load_checkpoint(model, path)
+
+
+def inference_head(model):
+    with torch.inference_mode():
+        model.head = nn.Linear(128, 5)
+
+
+def expanded_bias(model):
+    model.head.bias = nn.Parameter(torch.zeros(1).expand(5))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:torch.quantize_per_tensor:UserWarning")
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (inference_head, "were made under inference_mode: make the model outside of it: head.weight, head.bias"),
+        (expanded_bias, "are expanded, several of their elements one in memory: clone them: head.bias"),
+        (
+            lambda model: torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, torch.qint8, inplace=True),
+            "are not dense tensors: load the weights before the model is quantised or sharded",
+        ),
+    ],
+    ids=["inference mode", "expanded", "quantised"],
+)
+def test_models_that_cannot_be_written_to_are_refused_unchanged(change, message, tmp_path):
+    model = build("boat_swin_tiny", 0).eval()
+    torch.save(build("boat_swin_tiny", 1).state_dict(), tmp_path / "weights.pth")
+    change(model)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match=message):
+        load_checkpoint(model, tmp_path / "weights.pth")
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_two_entries_for_one_parameter_are_refused(tmp_path):
+    model = build("mvit_v2_tiny", 0)
+    state = slowfast(build("mvit_v2_tiny", 1))["model_state"]
+    torch.save({**state, "head.weight": torch.zeros(5, 128)}, tmp_path / "weights.pth")
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match="head.weight stands for head.weight, and so does another entry"):
+        load_checkpoint(model, tmp_path / "weights.pth")
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_half_precision_entries_and_counters_are_converted(tmp_path):
+    theirs, ours = build("maxvit_tiny", 1), build("maxvit_tiny", 2)
+    state = {n: v.bfloat16() if v.is_floating_point() else v.int() + 3 for n, v in theirs.state_dict().items()}
+    torch.save(state, tmp_path / "weights.pth")
+    load_checkpoint(ours, tmp_path / "weights.pth")
+    for name, value in ours.state_dict().items():
+        assert torch.equal(value, state[name].to(value.dtype)), name
+
+
+def test_tables_that_were_kept_are_made_anew(tmp_path):
+    theirs, ours = build("crossformer_pp_small", 1).eval(), build("crossformer_pp_small", 2).eval()
+    torch.save(same(theirs), tmp_path / "weights.pth")
+    images = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        ours(images)
+        load_checkpoint(ours, tmp_path / "weights.pth")
+        assert torch.equal(ours(images), theirs(images))

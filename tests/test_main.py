@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 
 import pytest
@@ -32,3 +33,10 @@ def test_selftest_fails_where_a_backend_is_wrong(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["vitkernels", "selftest"])
     assert command.main() == 1
     assert "FAILED on cpu: largest relative error 1.0e-03" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("asked, status", [("info", 0), ("selftest", 1)])
+def test_a_reader_that_has_enough_gets_no_traceback(asked, status):
+    command = f"'{sys.executable}' -u -m vitkernels {asked}"
+    done = subprocess.run(["bash", "-c", f"({command}; echo $? >&2) | true"], capture_output=True, text=True)
+    assert done.stderr.strip() == str(status)

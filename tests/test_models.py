@@ -174,6 +174,53 @@ def test_equals_other_libraries_but_for_ties(twin, torchvision, tmp_path, monkey
     assert_alike(ours, theirs, size, torch.float64, 1e-9)
 
 
+def timm_of_two_stages(torchvision, monkeypatch) -> tuple[nn.Module, dict]:
+    """It interpolates no tables: with more stages no image that it takes has strides that do not divide."""
+    module = pytest.importorskip("timm.models.mvitv2")
+    config = module.MultiScaleVitCfg(depths=(1, 2), embed_dim=24, num_heads=1)
+    return module.MultiScaleVit(config, img_size=312, num_classes=5), {"embed_dim": 24, "depths": (1, 2)}
+
+
+def torchvision_of_312(torchvision, monkeypatch) -> tuple[nn.Module, dict]:
+    module, sizes = torchvision.models.video.mvit, {"spatial_size": (312, 312), "temporal_size": 4}
+    made = module._mvit
+    monkeypatch.setattr(module, "_mvit", lambda **options: made(**{**options, **sizes}))
+    return module.mvit_v2_s(num_classes=5), {"frames": 4}
+
+
+@pytest.mark.parametrize(
+    "twin, make, index, other",
+    [
+        ("timm mvitv2_tiny", timm_of_two_stages, "slowfast", "exact"),
+        ("torchvision mvit_v2_s", torchvision_of_312, "torchvision", "slowfast"),
+    ],
+    ids=["timm", "torchvision"],
+)
+def test_a_size_whose_strides_do_not_divide(twin, make, index, other, torchvision, tmp_path, monkeypatch):
+    """312 x 312 has 78, 39, 20 and 10 tokens along a side: the author's rounding of distances gives his numbers."""
+    theirs, options = make(torchvision, monkeypatch)
+    ours = load(theirs, twin, tmp_path / "weights.pth", image_size=312, num_classes=5, **options)
+    assert ours.index == index
+    images = torch.randn(1, 3, *((4,) if "frames" in options else ()), 312, 312)
+    with torch.no_grad():
+        expected = theirs(images)
+        assert relative(ours(images), expected) < 3e-6
+        ours.index = other
+        assert relative(ours(images), expected) > 3e-5
+
+
+def test_the_rule_of_relative_distances_is_an_argument_and_an_attribute():
+    assert {create_model(name).index for name in ("mvit_v2_tiny", "mvit_v2_small_16x4")} == {"slowfast"}
+    model = create_model("mvit_v2_tiny", index="torchvision", depths=(1, 1, 1, 1))
+    assert {block.attn.index for block in model.blocks} == {"torchvision"}
+    model.index = "exact"
+    assert {model.index, *(block.attn.index for block in model.blocks)} == {"exact"}
+    with pytest.raises(ValueError, match="index must be one of exact, slowfast, torchvision, got 'timm'"):
+        model.index = "timm"
+    with pytest.raises(ValueError, match="index must be one of"):
+        create_model("mvit_v2_tiny", index="timm")
+
+
 def uniform(count: int, stream: int) -> np.ndarray:
     """The golden vectors' generated weights, in [-1, 1): SplitMix64 of a counter."""
     z = np.arange(1, count + 1, dtype=np.uint64) + np.uint64(stream << 32)
@@ -322,6 +369,25 @@ def test_features(family):
     assert torch.equal(maps[-1], last.movedim(-1, 1))
 
 
+@small
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
+@pytest.mark.parametrize("features_only", [False, True], ids=["classes", "features"])
+def test_an_empty_batch(family, features_only, training, backend):
+    """Empty results of the right sizes, gradients of zero, and buffers as they were but for the number of batches."""
+    model = build(family, features_only=features_only, drop_path=0.2).train(training)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers() if buffer.is_floating_point()}
+    out = model(images_for(family, 64, 96, batch=0))
+    if features_only:
+        time = (2,) if "video" in family else ()
+        assert [x.shape for x in out] == [(0, c, *time, 16 >> s, 24 >> s) for s, c in enumerate(model.channels)]
+    else:
+        assert out.shape == (0, 5)
+    sum(x.sum() for x in (out if features_only else [out])).backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+    buffers = dict(model.named_buffers())
+    assert all(buffers[name].isfinite().all() for name in before)
+
+
 @pytest.mark.parametrize("family", ["crossformer", "boat_cswin", "maxvit", "maxvit rw", "mvit_v2"])
 def test_without_a_classifier(family):
     model = build(family, num_classes=0).eval()
@@ -343,6 +409,22 @@ def test_trains(family):
         losses.append(loss.item())
     assert losses[-1] < losses[0]
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
+
+
+@small
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels last"])
+@pytest.mark.parametrize("last_images", [False, True], ids=["contiguous images", "channels-last images"])
+def test_gradients_are_strided_as_their_parameters(family, last_images, channels_last, backend):
+    """On images of one channel, with a classifier of one class. DistributedDataParallel warns of other strides."""
+    model = build(family, in_channels=1, num_classes=1)
+    if channels_last:
+        model.to(memory_format=torch.channels_last_3d if "video" in family else torch.channels_last)
+    images = images_for(family, 32, 32)[:, :1]
+    if last_images:  # of one channel: the strides alone say so
+        images = images.movedim(1, -1).contiguous().movedim(-1, 1)
+    model(images).square().sum().backward()
+    strides = {name: (p.stride(), p.grad.stride()) for name, p in model.named_parameters()}
+    assert {name: pair for name, pair in strides.items() if pair[0] != pair[1]} == {}
 
 
 @pytest.mark.parametrize("family", ["crossformer++", "boat_swin", "boat_cswin", "maxvit", "mvit_v2", "mvit_v1 video"])
@@ -435,6 +517,50 @@ def test_use_backend_ends_with_its_block_and_refuses_what_single_operators_have(
         create_model("mvit_v2_tiny", backend="sdpa")
 
 
+@pytest.mark.parametrize("first_out", [0, 1])
+def test_overlapping_blocks_leave_nothing_behind(first_out):
+    """Blocks of two threads that overlap: the one entered last holds, in whatever order they are left."""
+    blocks = use_backend("reference"), use_backend("cpu")
+    for block, backend in zip(blocks, ("reference", "cpu")):
+        block.__enter__()
+        assert _dispatch.asked(None) == backend
+    blocks[first_out].__exit__(None, None, None)
+    assert _dispatch.asked(None) == ("cpu", "reference")[first_out]
+    blocks[1 - first_out].__exit__(None, None, None)
+    assert _dispatch.asked(None) is None
+
+
+def test_use_backend_without_a_block_says_that_it_did_nothing():
+    with pytest.warns(RuntimeWarning, match=r"had no effect: write `with use_backend\('reference'\):`"):
+        use_backend("reference")
+    assert _dispatch.asked(None) is None
+
+
+def test_use_backend_above_a_function():
+    @use_backend("reference")
+    def asked() -> str | None:
+        return _dispatch.asked(None)
+
+    assert [asked(), asked(), _dispatch.asked(None)] == ["reference", "reference", None]
+
+
+@needs_native
+def test_use_backend_inside_a_compiled_function(ran):
+    torch.compiler.reset()
+    layer, x = MaxSA(32, 1, "grid", 4), torch.randn(1, 8, 8, 32)
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def both(x):
+        with use_backend("reference"):
+            unfused = layer(x)
+        return unfused, layer(x)
+
+    ran.clear()
+    both(x)
+    assert [backend for _, backend in ran] == ["reference", "cpu"]
+    assert _dispatch.asked(None) is None
+
+
 @needs_native
 def test_a_compiled_layer_follows_use_backend(ran):
     torch.compiler.reset()
@@ -502,6 +628,33 @@ REFUSED: dict[str, tuple[Callable, type[Exception], str]] = {
     "classes": (lambda: create_model("maxvit_tiny", -1), ValueError, "num_classes must be at least 0"),
     "a style": (lambda: create_model("maxvit_tiny", style="jax"), ValueError, "one of tf, rw, torchvision, got 'jax'"),
     "stochastic depth": (lambda: build("boat_swin", drop_path=1.0), ValueError, "drop_path must be .* below 1"),
+    "merging by an odd kernel": (
+        lambda: build("crossformer", merge_size=((2, 3), (2, 4), (2, 4))),
+        ValueError,
+        r"kernels with stride 2 must be a sequence of 2, 4, 6 ... pixels, got \(2, 3\)",
+    ),
+    "no patches": (lambda: build("crossformer", patch_size=()), ValueError, "kernels with stride 4 must be a sequence"),
+    "patches without channels": (
+        lambda: build("crossformer", patch_size=(4,) * 6),
+        ValueError,
+        "16 channels are too few for 6 kernels",
+    ),
+    "two widths of three": (lambda: build("maxvit", stem_width=(1, 2, 3)), ValueError, "stem_width must be one int or"),
+    "a width that is no multiple of a head's": (
+        lambda: build("maxvit", embed_dim=48),
+        ValueError,
+        "embed_dim must be multiples of 32, the channels of a head, got 48",
+    ),
+    "hidden channels": (lambda: build("boat_swin", mlp_ratio=0), ValueError, "mlp_ratio must give .* got 0"),
+    "a rate in words": (lambda: build("mvit_v2", drop_path="much"), TypeError, "drop_path must be a number, got 'mu"),
+    "one frame": (lambda: build("mvit_v2 video", frames=1), ValueError, "frames at least 2, .* got 64 and 1"),
+    "an image of two pixels": (lambda: build("mvit_v2", image_size=2), ValueError, "image_size must be at least 4"),
+    "pretrained": (
+        lambda: create_model("mvit_v2_tiny", pretrained=True),
+        TypeError,
+        r"no argument pretrained; .*Nothing is downloaded: load_checkpoint\(model, path\) brings published weights",
+    ),
+    "weights": (lambda: create_model("maxvit_tiny", weights="DEFAULT"), TypeError, "load_checkpoint"),
     "stages": (lambda: build("crossformer", group_size=(7, 7)), ValueError, "group_size must be one value or one for"),
     "heads": (lambda: build("boat_cswin", heads=(2, 4)), ValueError, "heads must be one value or one for each"),
     "widths": (lambda: build("maxvit", embed_dim=(32, 64)), ValueError, "embed_dim must be one value or one for each"),
@@ -538,6 +691,31 @@ REFUSED: dict[str, tuple[Callable, type[Exception], str]] = {
         r"at least 4 x 4 pixels, the stride of the stem, got \[1, 3, 3, 32\]",
     ),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["crossformer", "boat_swin", "boat_cswin", "maxvit", "mvit_v2"])
+@pytest.mark.parametrize(
+    "name, value, error, message",
+    [
+        ("depths", (1, 1, 1, -1), ValueError, r"depths must be at least 1 in every stage, got \(1, 1, 1, -1\)"),
+        ("depths", (1, 0, 1, 1), ValueError, "depths must be at least 1 in every stage"),
+        ("depths", (1, 1, 2.0, 1), TypeError, "depths must be ints, one for each stage, got"),
+        ("depths", (1, True, 2, 1), TypeError, "depths must be ints, one for each stage, got"),
+        ("depths", 2, TypeError, "depths must be a sequence of ints, one for each stage, got 2"),
+        ("depths", (), TypeError, r"depths must be a sequence of ints, one for each stage, got \(\)"),
+        ("embed_dim", 0, ValueError, "embed_dim must be at least 1"),
+        ("embed_dim", -32, ValueError, "embed_dim must be at least 1"),
+        ("embed_dim", 32.0, TypeError, "embed_dim must be (an int|ints)"),
+        ("embed_dim", "32", TypeError, "embed_dim must be (an int|ints)"),
+        ("heads", 0, ValueError, "heads must be at least 1"),
+        ("heads", 2.0, TypeError, "heads must be (an int|ints)"),
+    ],
+)
+def test_refused_sizes(family, name, value, error, message):
+    if name == "heads" and family == "maxvit":
+        name, message = "stem_width", message.replace("heads", "stem_width")
+    with pytest.raises(error, match=message):
+        build(family, **{name: value})
 
 
 @pytest.mark.parametrize("what", REFUSED)

@@ -1,6 +1,9 @@
 """The C++ library: its headers through bindings of their own, every vector level, memory accesses, determinism."""
 
+import os
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -136,6 +139,13 @@ def test_weights_of_one_group(bindings, dtype, group):
     weights = torch.from_numpy(weights(q.numpy(), k.numpy(), bias.flip(0, 1).contiguous().numpy(), group))
     exact = (q.double() @ k.double().T + bias.double().flatten()[relative_position_index(group)]).softmax(-1)
     assert (weights - exact).abs().max() < 20 * torch.finfo(dtype).eps
+
+
+def test_an_unknown_capability_is_refused():
+    environment = os.environ | {"VITKERNELS_CPU_CAPABILITY": "nonsense"}
+    done = subprocess.run([sys.executable, "-c", "import vitkernels"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "VITKERNELS_CPU_CAPABILITY must be one of default, avx2, avx512, got 'nonsense'" in done.stderr
 
 
 CONTRACT = """

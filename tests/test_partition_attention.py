@@ -447,7 +447,22 @@ QKV = torch.randn(2, 14, 14, 3, 3, 32)
         (
             lambda: partition_attention(Q, Q, Q, Partition(7), torch.randn(3, 169)),
             ValueError,
-            r"bias must be \[heads, 2 \* group_h - 1, 2 \* group_w - 1\], got 2 dim",
+            r"bias must be \[heads, 2 .* = \[3, 13, 13\] .* got \[3, 169\]: bias.unflatten\(1, \(13, 13\)\)$",
+        ),
+        (
+            lambda: partition_attention(Q, Q, Q, Partition(7), torch.randn(169, 3)),
+            ValueError,
+            r"got \[169, 3\], which is how Swin stores it: bias.t\(\).unflatten\(1, \(13, 13\)\)$",
+        ),
+        (
+            lambda: partition_attention(Q, Q, Q, Partition(7), torch.randn(3, 49, 49)),
+            ValueError,
+            r"got \[3, 49, 49\]; that is a bias for each pair of tokens, expected one for each offset",
+        ),
+        (
+            lambda: vitkernels.window_attention(QKV, 7),
+            TypeError,
+            r"bias must be a torch.Tensor \[heads, .*\] or None, got 7; sizes are given by name",
         ),
         (
             lambda: partition_attention(Q, Q, Q, Partition(7), torch.zeros(3, 13, 13, device="meta")),

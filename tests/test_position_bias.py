@@ -377,6 +377,15 @@ def test_inference_mode():
     (table * torch.ones(3, 1, 1, requires_grad=True)).sum().backward()  # autograd may save it
 
 
+def test_a_module_knows_its_residual():
+    module = DynamicPositionBias(96, 3, residual=True)
+    table = dynamic_position_bias(module.weights(), 3, residual=True)
+    assert torch.equal(dynamic_position_bias(module, 3), table)
+    assert torch.equal(dynamic_position_bias(module, 3, residual=True), table)
+    with pytest.raises(ValueError, match="residual=False was asked of"):
+        dynamic_position_bias(module, 3, residual=False)
+
+
 def test_the_number_of_tables_is_bounded():
     module = frozen(16)
     for size in range(1, 40):
@@ -425,6 +434,22 @@ def replaced(place: int, x) -> list:
         (lambda: dynamic_position_bias(weights(6, 3), (7, 7, 7)), ValueError, "one int or"),
         (lambda: dynamic_position_bias(weights(6, 3), 7, backend="gpu"), ValueError, "backend must be one of"),
         (lambda: frozen()(0), ValueError, "group_size must be at least 1"),
+        (
+            lambda: frozen()(torch.zeros(1, 49, 96)),
+            TypeError,
+            r"takes the size of a group .* got a Tensor \[1, 49, 96\]. LongShortDistanceAttention takes maps$",
+        ),
+        (lambda: DynamicPositionBias(torch.zeros(9, 96), 3), TypeError, r"dim must be an int, got a Tensor \[9, 96\]$"),
+        (
+            lambda: dynamic_position_bias(weights(6, 3), torch.zeros(9, 96)),
+            TypeError,
+            r"group_size must be an int or a pair of ints, got a Tensor \[9, 96\]$",
+        ),
+        (
+            lambda: dynamic_position_bias(frozen(), 7, residual=True),
+            ValueError,
+            "residual=True was asked of a DynamicPositionBias with residual=False: leave it out, or make",
+        ),
         (lambda: DynamicPositionBias(15, 1), ValueError, "dim must be at least 16"),
         (lambda: DynamicPositionBias(32, 0), ValueError, "heads at least 1"),
     ],

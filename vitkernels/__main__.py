@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from collections.abc import Callable
 from functools import partial
 
@@ -116,10 +118,14 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="versions, devices, backends; for a backend that is absent, why")
     commands.add_parser("selftest", help="run every backend that is here against the reference")
-    if parser.parse_args().command == "selftest":
-        return selftest()
-    print(info())
-    return 0
+    asked = parser.parse_args().command
+    try:
+        failures = selftest() if asked == "selftest" else print(info())
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output, `head` say, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it exits
+        return int(asked == "selftest")  # which has not finished
+    return failures or 0
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -13,6 +14,11 @@ DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 def shape_of(x: Tensor) -> str:
     return "[" + ", ".join(map(str, x.shape)) + "]"
+
+
+def shown(value: object) -> str:
+    """``value`` as a message shows it: a tensor by its shape, a long one cut."""
+    return f"a Tensor {shape_of(value)}" if isinstance(value, Tensor) else reprlib.repr(value)
 
 
 def check_tensor(name: str, x: object, layout: str) -> None:
@@ -66,21 +72,43 @@ def check_device(first: str, x: Tensor, second: str, y: Tensor) -> None:
 def check_table(bias: object, q: Tensor, group: tuple[int, int]) -> None:
     """``bias`` is a relative position table for q's heads and ``group``."""
     layout = "[heads, 2 * group_h - 1, 2 * group_w - 1]"
-    check_tensor("bias", bias, layout)
-    expected = (q.shape[-2], 2 * group[0] - 1, 2 * group[1] - 1)
-    if tuple(bias.shape) != expected:
+    if isinstance(bias, int):
+        raise TypeError(f"bias must be a torch.Tensor {layout} or None, got {bias}; sizes are given by name")
+    heads, sides = q.shape[-2], tuple(2 * n - 1 for n in group)
+    if isinstance(bias, Tensor) and tuple(bias.shape) != (heads, *sides):
+        hint = _other_bias(tuple(bias.shape), heads, sides, group)
         raise ValueError(
-            f"bias must be {layout} = {list(expected)} for {expected[0]} heads and groups of "
-            f"{group[0]} x {group[1]} tokens, got {shape_of(bias)}"
+            f"bias must be {layout} = {[heads, *sides]} for {heads} heads and groups of {group[0]} x {group[1]} "
+            f"tokens, got {shape_of(bias)}{hint}"
         )
+    check_tensor("bias", bias, layout)
     check_device("q", q, "bias", bias)
+
+
+def _other_bias(shape: tuple[int, ...], heads: int, sides: tuple[int, int], group: tuple[int, int]) -> str:
+    """What to do with a bias in another layout that is in use."""
+    if shape == (math.prod(sides), heads):
+        return f", which is how Swin stores it: bias.t().unflatten(1, {sides})"
+    if shape == (heads, math.prod(sides)):
+        return f": bias.unflatten(1, {sides})"
+    if shape[-2:] == (math.prod(group),) * 2:
+        return "; that is a bias for each pair of tokens, expected one for each offset, query minus key"
+    return ""
 
 
 def check_ints(**values: object) -> None:
     """Sizes of a layer, by name, are ints."""
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must be an int, got {value!r}")
+            raise TypeError(f"{name} must be an int, got {shown(value)}")
+
+
+def check_sizes(**values: object) -> None:
+    """Sizes of a layer or a model, by name, are ints of at least 1."""
+    check_ints(**values)
+    for name, value in values.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 def check_scale(scale: object, head_dim: int) -> float:

@@ -12,9 +12,10 @@ import importlib.util
 import inspect
 import os
 import platform
+import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ContextDecorator
 from functools import partial, wraps
 
 import torch
@@ -159,17 +160,20 @@ def absent(backend: str) -> str | None:
 
 
 _FAMILIES = ("triton", "cpu", "reference")  # that every operator has
-_in_use: str | None = None  # what `use_backend` asks for
+_in_use: list[use_backend] = []  # blocks that are entered and not yet left, in the order in which they were entered
 
 
-@contextmanager
-def use_backend(backend: str | None) -> Iterator[None]:
-    """Within it, operators that are called without a backend, as layers and models do, run on this one.
+class use_backend(ContextDecorator):
+    """A block in which operators that are called without a backend, as layers and models do, run on this one.
 
-    ``with use_backend("reference"): model(images)`` runs a model unfused, from the same weights. An operator that
-    cannot run there refuses; the clustering, which has no Triton kernels, runs on what serves its device. A backend
-    that is given to an operator, a layer or a model comes before this one. It holds for all threads of the process,
-    and a graph that torch.compile made is compiled anew.
+    ``with use_backend("reference"): model(images)`` runs a model unfused, from the same weights; ``@use_backend(...)``
+    above a function does so whenever it runs. An operator that cannot run there refuses; the clustering, which has no
+    Triton kernels, runs on what serves its device. A backend that is given to an operator, a layer or a model comes
+    before this one.
+
+    The block holds for all threads of the process: autograd's threads recompute activations where they ran before.
+    Where blocks overlap, the one entered last holds, and whichever is left first takes only itself away. A graph that
+    torch.compile made is compiled anew.
 
     Args:
         backend: "triton", "cpu" or "reference"; None chooses by device, as without it.
@@ -177,14 +181,34 @@ def use_backend(backend: str | None) -> Iterator[None]:
     Raises:
         ValueError: no such backend, or one that single operators have.
     """
-    global _in_use
-    if backend is not None:
-        check_family(backend)
-    before, _in_use = _in_use, backend
-    try:
-        yield
-    finally:
-        _in_use = before
+
+    _unused = False
+
+    def __init__(self, backend: str | None):
+        if backend is not None:
+            check_family(backend)
+        self.backend, self._unused = backend, True
+
+    def __enter__(self) -> None:
+        self._unused = False
+        _in_use.append(self)
+
+    def __exit__(self, *_) -> None:
+        _in_use.remove(self)
+
+    def __call__(self, function: Callable) -> Callable:
+        self._unused = False
+        return super().__call__(function)
+
+    def __del__(self) -> None:
+        if self._unused:
+            warnings.warn(
+                f"use_backend({self.backend!r}) had no effect: write `with use_backend({self.backend!r}):` before the "
+                f"calls, or @use_backend({self.backend!r}) above a function; create_model(..., backend=...) and the "
+                "attribute `backend` of layers and models last",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
 
 def check_family(backend: object) -> None:
@@ -196,8 +220,10 @@ def check_family(backend: object) -> None:
 
 def asked(backend: str | None, gpu: str = "triton") -> str | None:
     """``backend``, or else the one that `use_backend` asks for; None where the device decides."""
-    if backend is None and (_in_use != "triton" or gpu == "triton"):
-        return _in_use
+    if backend is None:
+        backend = next((block.backend for block in _in_use[-1:]), None)  # never fails if another thread leaves a block
+        if backend == "triton" != gpu:
+            return None
     return backend
 
 

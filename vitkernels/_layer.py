@@ -2,25 +2,97 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
+from torch.autograd import Function
 
 from . import _checks
 
 _READABLE = {nn.Sequential, nn.Linear, nn.Conv2d, nn.Conv3d, nn.LayerNorm, nn.ReLU}
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def as_made(module: nn.Module) -> bool:
+    """Whether calling ``module`` is calling the forward of its class: it has no hooks and no forward of its own."""
+    own = module.__dict__
+    return not (
+        own["_forward_pre_hooks"]
+        or own["_forward_hooks"]
+        or own["_backward_pre_hooks"]
+        or own["_backward_hooks"]
+        or "forward" in own
+    )
 
 
 def readable(*parts: nn.Module) -> bool:
     """Whether a kernel may read the parameters of ``parts`` where it would otherwise call them.
 
-    It may while they, and all in them, are PyTorch's own layers, without hooks and with their own forward. Pruned,
-    parametrised, quantised and wrapped layers, and adapters around a layer, act only when they are called.
+    It may while they, and all in them, are PyTorch's own layers, without hooks, with their own forward and with plain
+    tensors. Pruned, parametrised, quantised and wrapped layers, and adapters around a layer, act only when they are
+    called.
     """
-    modules = (module for part in parts for module in part.modules())
-    return all(
-        type(module) in _READABLE and "forward" not in vars(module) and not any(getattr(module, x) for x in _HOOKS)
-        for module in modules
-    )
+    for part in parts:
+        if type(part) not in _READABLE or not as_made(part):
+            return False
+        for x in part._parameters.values():
+            if type(x) is not nn.Parameter and hasattr(type(x), "__tensor_flatten__"):
+                return False
+        if part._modules and not readable(*part._modules.values()):
+            return False
+    return True
+
+
+def bias_from_table(table: Tensor, group: tuple[int, int]) -> Tensor:  # [(2Gh-1)(2Gw-1), heads]
+    """Swin's table as the operators take it, ``[heads, 2Gh-1, 2Gw-1]``."""
+    sizes = tuple(2 * g - 1 for g in group)
+    # The gradient of a transposed row or column has its strides exchanged: see `_SameStrides`.
+    return table.view(-1, *sizes) if 1 in table.shape else table.t().unflatten(1, sizes)
+
+
+class _SameStrides(Function):
+    """Identity whose gradient has the strides of its input.
+
+    autograd itself takes any stride along a dimension of size 1. DistributedDataParallel does not: it warns, and copies
+    the gradient at every step.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.strides = inputs[0].stride()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        if grad.stride() == ctx.strides:
+            return grad
+        return grad.new_empty_strided(grad.shape, ctx.strides).copy_(grad)
+
+
+def same_strides(weight: Tensor) -> Tensor:
+    """``weight``, with a gradient of its strides whatever the layout of the map that it is applied to."""
+    learns = torch.is_grad_enabled() and weight.requires_grad
+    return _SameStrides.apply(weight) if learns and 1 in weight.shape else weight
+
+
+class Conv2d(nn.Conv2d):
+    """PyTorch's convolution, with a gradient that has the strides of the weight whatever the layout of the map."""
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(x, same_strides(weight), bias)
+
+
+class Conv3d(nn.Conv3d):
+    """`Conv2d` for videos."""
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(x, same_strides(weight), bias)
+
+
+_READABLE |= {Conv2d, Conv3d}
 
 
 class AttentionLayer(nn.Module):
@@ -33,10 +105,7 @@ class AttentionLayer(nn.Module):
 
     def __init__(self, dim: int, heads: int, *, qkv_bias: bool, scale: float | None, proj_drop: float):
         super().__init__()
-        _checks.check_ints(dim=dim, heads=heads)
-        for name, value in (("dim", dim), ("heads", heads)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        _checks.check_sizes(dim=dim, heads=heads)
         if dim % heads:
             raise ValueError(f"dim must be a multiple of heads, got dim {dim} and {heads} heads")
         self.dim, self.heads, self.scale = dim, heads, scale
@@ -63,7 +132,7 @@ class AttentionLayer(nn.Module):
         return f"dim={self.dim}, heads={self.heads}"
 
 
-class LocalPosition(nn.Conv2d):
+class LocalPosition(Conv2d):
     """CSWin's locally-enhanced positional encoding (LePE): a depthwise 3 x 3 convolution of v, zeros around the map."""
 
     def __init__(self, dim: int):

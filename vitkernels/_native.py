@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.machinery
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,6 +44,13 @@ def _load(name: str, kind: str, remedy: str) -> Library:
         )
 
 
+_CAPABILITIES = ("default", "avx2", "avx512")
+_LIMIT = os.environ.get("VITKERNELS_CPU_CAPABILITY") or "avx512"
+if _LIMIT not in _CAPABILITIES:
+    raise ValueError(
+        f"the environment variable VITKERNELS_CPU_CAPABILITY must be one of {', '.join(_CAPABILITIES)}, got {_LIMIT!r}"
+    )
+
 cpu = _load("_C", "C++", f"{HOW_TO_BUILD.format(' is')} (VITKERNELS_NATIVE=1 shows why a build fails)")
 if torch.version.cuda:
     cuda = _load("_CUDA", "CUDA", f"{HOW_TO_BUILD.format(' and nvcc are')} (VITKERNELS_CUDA=1 shows why a build fails)")
@@ -51,9 +59,9 @@ else:
 
 
 def capability() -> str:
-    """The vectors in use: "avx512", "avx2" or "default", what every processor of the kind has.
+    """The vector instructions in use: "avx512", "avx2", or "default", what every processor of the kind has.
 
-    The best that the processor has; VITKERNELS_CPU_CAPABILITY, set to one of them before the import, lowers it.
+    These are the best that the processor has, or lower ones that VITKERNELS_CPU_CAPABILITY named before the import.
     """
     if cpu.handle is None:
         raise RuntimeError(cpu.reason)

@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from ._checks import shown
+
 Size = Union[int, Tuple[int, int]]  # one int for both axes, or (height, width)
 Derived = Union[Size, None, Tuple[Optional[int], Optional[int]]]  # None: derived from the map
 
@@ -31,12 +33,12 @@ def as_pair(value: Derived, name: str, least: int, derived: bool = False) -> tup
     """``value`` as (height, width); each an int >= ``least``, or None (the map decides) where ``derived`` allows it."""
     pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
     if len(pair) != 2:
-        raise ValueError(f"{name} must be one int or (height, width), got {value!r}")
+        raise ValueError(f"{name} must be one int or (height, width), got {shown(value)}")
     for size in pair:
         if size is None and derived:
             continue
         if isinstance(size, bool) or not isinstance(size, (int, torch.SymInt)):
-            raise TypeError(f"{name} must be an int or a pair of ints, got {value!r}")
+            raise TypeError(f"{name} must be an int or a pair of ints, got {shown(value)}")
         if size < least:
             raise ValueError(f"{name} must be at least {least} on both axes, got {value!r}")
     return pair

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from torch.fx import Proxy
 from .. import _dispatch
 from .._checks import no_autocast
 from . import crossformer, maxvit, mvit, swin
-from .recipe import Recipe, Unsuitable, dropout_rate, drops, expect
+from .recipe import Recipe, Unsuitable, check_methods, dropout_rate, drops, expect, unusual
 
 RECIPES = (*swin.RECIPES, *maxvit.RECIPES, *mvit.RECIPES, *crossformer.RECIPES)
 _LIBRARIES = {recipe.name.partition(".")[0] for recipe in RECIPES if recipe.by_name} | {"vitkernels"}
@@ -56,8 +57,7 @@ class Report:
     def undo(self) -> None:
         """Give every module in ``replaced`` its own methods back; the model is as it was, whoever accelerated it."""
         for module, method in self._bound:
-            if _ours(vars(module).get(method)):
-                delattr(module, method)
+            _unbind(module, method)
         self._undone = True
 
     def __str__(self) -> str:
@@ -85,9 +85,26 @@ def _table(rows: list[tuple[str, ...]]) -> str:
 
 def run(function: Callable, module: nn.Module, method: str, *args, **kwargs) -> object:
     """``function`` in place of a method; the method itself where ``function`` does not serve the call."""
-    traced = any(isinstance(arg, Proxy) for arg in args)  # by torch.fx, which knows the methods that libraries have
+    traced = any(isinstance(arg, Proxy) for arg in (*args, *kwargs.values()))  # torch.fx knows the libraries' methods
     out = None if traced else function(module, *args, **kwargs)
     return getattr(type(module), method)(module, *args, **kwargs) if out is None else out
+
+
+class Method(partial):
+    """`run` in place of a method of a module, with the signature and the docstring of the method."""
+
+    @property
+    def _method(self) -> Callable:
+        _, module, method = self.args
+        return getattr(type(module), method).__get__(module)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self._method)
+
+    @property
+    def __doc__(self) -> str | None:
+        return self._method.__doc__
 
 
 def _ours(value: object) -> bool:
@@ -103,7 +120,20 @@ def _places(module: nn.Module, recipe: Recipe) -> Iterator[tuple[nn.Module, str,
 
 def _bind(module: nn.Module, recipe: Recipe) -> None:
     for part, method, function in list(_places(module, recipe)):
-        setattr(part, method, partial(run, function, part, method))
+        setattr(part, method, Method(run, function, part, method))
+
+
+def _unbind(part: nn.Module, method: str) -> None:
+    if _ours(vars(part).get(method)):
+        delattr(part, method)
+
+
+def _give_back(module: nn.Module, recipe: Recipe) -> None:
+    """Give a module its own methods back: it was accelerated before it was changed."""
+    for path in recipe.methods:
+        part, _, method = path.rpartition(".")
+        with suppress(AttributeError):  # it has no such part
+            _unbind(module.get_submodule(part), method)
 
 
 # What is replaced
@@ -136,12 +166,17 @@ def _check(module: nn.Module, recipe: Recipe, base: type) -> tuple[str, bool]:
         now = recipe.check(module)
         attentions = [module.get_submodule(name) for name in recipe.attention]
         places = list(_places(module, recipe))
+        for attn in attentions:
+            if name := unusual(attn):
+                kind = type(attn.get_submodule(name)).__name__
+                raise Unsuitable(f"its {name} is a {kind}, which no kernel here computes")
         for part, method, _ in places:
             author = next((kind for kind in type(part).__mro__ if method in vars(kind)), None)
             expect(author is not None, f"its {type(part).__name__} has no {method}: is the library another version?")
             expect(author.__module__ == base.__module__, f"{author.__name__} has a {method} of its own")
             own = vars(part).get(method)
             expect(own is None or _ours(own), f"its {method} was replaced by something else before")
+            check_methods(part, besides=("forward", method))
     except Unsuitable:
         raise
     except Exception as error:  # whatever else a class of this name may have in these places
@@ -151,6 +186,8 @@ def _check(module: nn.Module, recipe: Recipe, base: type) -> tuple[str, bool]:
         why = f"it drops attention weights while it is trained (rate {rate:g}), which no kernel here does"
         expect(done or not any(map(drops, attentions)), why)
         now += f"; as before while trained (attention dropout {rate:g})"
+    if any(buffer.is_meta for buffer in module.buffers()):
+        now += "; its buffers, on the meta device, are taken to be as published"
     return now, done
 
 
@@ -242,6 +279,12 @@ def accelerate(model: nn.Module, *, verify: bool = False, force: bool = False) -
     are replaced, on the instances, and read the parameters at every call. What is recognised but cannot be served as it
     is, is left alone, with the reason in the report.
 
+    Results stay those of the module as it is: a mask that the caller hands in, a part that is wrapped, pruned or hooked
+    and an attention module that is replaced act as they did before, and where no kernel does that, the module's own
+    method runs. A shifted block of Microsoft's detection code takes the kernel if its mask is that of the shift, which
+    is looked up once for a mask, and so not in a graph of torch.compile or torch.export. Buffers are compared with
+    their formula when this is called: call it again after changing one.
+
     A model may be accelerated before or after it is moved, cast, compiled, or wrapped in DistributedDataParallel or
     FSDP2 (before, where it has to be compared). Twice does no more than once. An accelerated model can be copied and
     pickled, and the copy is accelerated. `torch.fx` traces the methods as they were. Not for nn.DataParallel,
@@ -280,6 +323,7 @@ def accelerate(model: nn.Module, *, verify: bool = False, force: bool = False) -
                     _compare(module, recipe)
                 _bind(module, recipe)
         except Unsuitable as reason:
+            _give_back(module, recipe)
             report.skipped.append(Skipped(name, was, str(reason)))
         else:
             report.replaced.append(Replaced(name, was, now))

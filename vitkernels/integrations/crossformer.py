@@ -10,22 +10,29 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor, nn
 
+from .._layer import bias_from_table, readable
 from ..partition import Partition
 from ..position_bias import dynamic_position_bias
 from .recipe import (
+    Pair,
     Recipe,
     attend,
+    check_index,
     check_kind,
     check_parts,
     check_projections,
     check_scale,
-    drops,
     expect,
+    expect_values,
     on_a_map,
     packed,
+    pair_of,
     random,
+    silent,
+    takes_maps,
     times,
 )
 
@@ -34,9 +41,21 @@ from .recipe import (
 def _attention(attn: nn.Module, x: Tensor, partition: Partition) -> Tensor:  # [B, H, W, C]
     bias = None
     if attn.position_bias:
-        group = partition.on(*x.shape[1:3]).group
-        bias = dynamic_position_bias(_weights(attn.pos), group, residual=attn.pos.residual)
+        bias = _bias(attn.pos, partition.on(*x.shape[1:3]).group, x)
     return attn.proj_drop(attn.proj(attend(packed(attn.qkv(x), attn.num_heads), partition, bias, attn.scale)))
+
+
+def _bias(pos: nn.Module, group: Pair, x: Tensor) -> Tensor:  # [heads, 2Gh-1, 2Gw-1]
+    """Table from the weights of the position MLP, or from a call of the MLP where its weights may not be read."""
+    if silent(pos) and readable(pos.pos_proj, pos.pos1, pos.pos2, pos.pos3):
+        return dynamic_position_bias(_weights(pos), group, residual=pos.residual)
+    return bias_from_table(pos(_offsets(group, x)), group)
+
+
+def _offsets(group: Pair, like: Tensor) -> Tensor:  # [(2Gh-1)(2Gw-1), 2]
+    """Query minus key, in tokens, in the order of the table."""
+    axes = [torch.arange(1 - n, n, device=like.device, dtype=like.dtype) for n in group]
+    return torch.cartesian_prod(*axes)
 
 
 def _weights(pos: nn.Module) -> list[Tensor]:
@@ -54,13 +73,17 @@ def _partition(block: nn.Module) -> Partition:
     return Partition.long(block.group_size, block.interval)
 
 
-def _block(block: nn.Module, x: Tensor, H: int | None = None, W: int | None = None) -> Tensor | None:  # [B, H W, C]
+def _block(  # [B, H W, C]
+    block: nn.Module, x: Tensor, H: int | None = None, W: int | None = None, *others: object, **more: object
+) -> Tensor | None:
+    if others or more or (H is None) != (W is None):
+        return None
     height, width = block.input_resolution if H is None else (H, W)
     if H is not None:
         usual = min(height, width) > block.group_size  # else the block changes itself
     else:
         usual = hasattr(block, "interval") or not (height % block.group_size or width % block.group_size)
-    if drops(block.attn) or not usual or x.shape[1] != height * width:
+    if not usual or not takes_maps(block.attn) or x.shape[1] != height * width:
         return None
     out = block.attn(block.norm1(x).unflatten(1, (height, width)), _partition(block))
     x = x + block.drop_path(out.flatten(1, 2))
@@ -88,6 +111,10 @@ def _check(block: nn.Module) -> str:
     check_scale(attn, attn.scale, attn.dim // attn.num_heads)
     if attn.position_bias:
         _check_positions(attn.pos, attn.num_heads)
+        own = pair_of(getattr(attn, "group_size", group), "attention's group_size")
+        check_index(attn, own)
+        if getattr(attn, "biases", None) is not None:
+            expect_values("biases", attn.biases, _offsets(own, attn.biases), f"groups of {times(own)} have")
     spread = f"every {interval} tokens" if hasattr(block, "interval") else "spread over the map"
     small = "; as before on maps no longer than a group" if _on_maps(block) else ""
     return f"partition_attention, groups {times((group, group))}{f', {spread}' if block.lsda_flag else ''}{small}"

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from .._layer import bias_from_table
 from ..partition import Partition
 from .recipe import (
     Pair,
@@ -20,17 +21,20 @@ from .recipe import (
     Unsuitable,
     attend,
     channels,
+    check_index,
     check_kind,
+    check_methods,
     check_projections,
     check_scale,
-    drops,
     expect,
     expect_shape,
+    expect_values,
     on_a_map,
     packed,
     pair_of,
     random,
-    swin_table,
+    silent,
+    takes_maps,
     times,
 )
 
@@ -68,7 +72,7 @@ def _bias(rel_pos: nn.Module | None) -> Tensor | None:  # [heads, 2Gh-1, 2Gw-1],
         bias = rel_pos.bias_act(rel_pos.mlp(rel_pos.rel_coords_log).permute(2, 0, 1))
         return bias if rel_pos.bias_gain is None else rel_pos.bias_gain * bias
     table = rel_pos.relative_position_bias_table
-    return table.flip(1, 2) if table.dim() == 3 else swin_table(table, rel_pos.window_size)
+    return table.flip(1, 2) if table.dim() == 3 else bias_from_table(table, rel_pos.window_size)
 
 
 def _timm_attn(block: nn.Module, x: Tensor) -> Tensor | None:  # [B, H, W, C]
@@ -85,7 +89,9 @@ def _timm_parallel_attn(block: nn.Module, x: Tensor) -> Tensor | None:  # [B, H,
 
 def _on_map(block: nn.Module, x: Tensor, size: Pair, attentions: Sequence[tuple[nn.Module, bool]]) -> Tensor | None:
     """Attention modules, on blocks or on a grid, side by side."""
-    if any(drops(attn) for attn, _ in attentions) or any(n % part for n, part in zip(size, block.partition_size)):
+    if not all(takes_maps(attn) for attn, _ in attentions) or any(
+        n % part for n, part in zip(size, block.partition_size)
+    ):
         return None
     outs = [attn(x, _partition(on_blocks, block.partition_size)) for attn, on_blocks in attentions]
     return outs[0] if len(outs) == 1 else torch.cat(outs, -1)
@@ -99,15 +105,29 @@ def _check_timm_attention(attn: nn.Module, size: Pair) -> None:
     if rel_pos is None:
         return
     check_kind(rel_pos, "RelPosBias", "RelPosBiasTf", "RelPosMlp")
+    check_methods(rel_pos)
     expect(not getattr(rel_pos, "prefix_tokens", 0), "its bias has a place for prefix tokens")
     expect(pair_of(rel_pos.window_size, "bias's window_size") == size, f"its bias is for {rel_pos.window_size} tokens")
     sides = tuple(2 * n - 1 for n in size)
+    check_index(rel_pos, size)
+    for name, n in zip(("height_lookup", "width_lookup"), size):
+        if hasattr(rel_pos, name):
+            _check_lookup(rel_pos, name, n)
     if hasattr(rel_pos, "mlp"):
         expect_shape(rel_pos.rel_coords_log, (*sides, 2))
         expect(rel_pos.num_heads == heads, f"its bias is for {rel_pos.num_heads} heads, its attention has {heads}")
     else:
         table = rel_pos.relative_position_bias_table
         expect_shape(table, (heads, *sides) if table.dim() == 3 else (sides[0] * sides[1], heads))
+
+
+def _check_lookup(rel_pos: nn.Module, name: str, length: int) -> None:
+    """Raise `Unsuitable` unless its one-hot rows address the table by key minus query along one axis."""
+    lookup = getattr(rel_pos, name)
+    place = torch.arange(length, device=lookup.device)
+    one = place - place[:, None] + length - 1  # [query, key]
+    rows = one[:, :, None] == torch.arange(2 * length - 1, device=lookup.device)
+    expect_values(name, lookup, rows, f"{length} tokens along that axis have")
 
 
 def _describe(block: bool, size: Pair) -> str:
@@ -146,14 +166,18 @@ def _whole_map(block: nn.Module) -> str:
 
 @on_a_map
 def _torchvision_attention(attn: nn.Module, x: Tensor, partition: Partition) -> Tensor:  # [B, H, W, C]
-    bias = swin_table(attn.relative_position_bias_table, partition.group)
+    bias = bias_from_table(attn.relative_position_bias_table, partition.group)
     return attn.merge(attend(packed(attn.to_qkv(x), attn.n_heads), partition, bias, attn.scale_factor))
 
 
 def _torchvision_layer(layer: nn.Module, x: Tensor) -> Tensor | None:  # [B, C, H, W]
-    if tuple(x.shape[2:]) != tuple(layer.grid_size):
+    layers = layer.attn_layer
+    if tuple(x.shape[2:]) != tuple(layer.grid_size) or type(layers) is not nn.Sequential or len(layers) != 3:
         return None
-    norm, attn, drop = layer.attn_layer
+    norm, attn, drop = layers
+    moves = (layer.partition_op, layer.partition_swap, layer.departition_swap, layer.departition_op)
+    if not takes_maps(attn) or not silent(layers, *moves):
+        return None
     x = x.permute(0, 2, 3, 1)
     partition = _partition(layer.partition_type == "window", (attn.size, attn.size))
     x = x + layer.stochastic_dropout(drop(attn(norm(x), partition)))
@@ -176,6 +200,7 @@ def _check_torchvision(layer: nn.Module) -> str:
     check_projections(attn.to_qkv, attn.merge, attn.n_heads, attn.head_dim)
     expect_shape(attn.relative_position_bias_table, ((2 * size - 1) ** 2, attn.n_heads))
     check_scale(attn, attn.scale_factor, attn.head_dim)
+    check_index(attn, (size, size))
     return _describe(layer.partition_type == "window", (size, size))
 
 

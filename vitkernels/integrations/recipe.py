@@ -4,19 +4,26 @@ Such a function takes the module and the method's arguments and computes from th
 that moment. Where it does not serve a call it returns None, and the method runs as it was. A block hands its attention
 module the whole token map, and a `Partition` in the place of a mask: the module is still called, with its hooks and
 its wrappers.
+
+Two rules keep the results those of the original. A function calls the parts that the original calls, and reads the
+parameters that the original reads; if it reads where the original calls, it serves only parts that are `readable`.
+A buffer that the original reads is either read here too, or compared with its formula before anything is replaced.
 """
 
 from __future__ import annotations
 
 import fnmatch
+import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
+from .._layer import as_made
 from ..partition import Partition
 from ..partition_attention import partition_attention_qkvpacked
 
@@ -63,8 +70,7 @@ def dropout_rate(attn: nn.Module) -> float:
 
 def drops(attn: nn.Module) -> bool:
     """Whether it drops attention weights now."""
-    layer = getattr(attn, "attn_drop", attn)
-    return (attn.training or layer.training) and dropout_rate(attn) > 0
+    return dropout_rate(attn) > 0 and (attn.training or getattr(attn, "attn_drop", attn).training)
 
 
 def on_a_map(forward: Callable) -> Callable:
@@ -76,7 +82,58 @@ def on_a_map(forward: Callable) -> Callable:
     def with_partition(attn: nn.Module, x: Tensor, partition: object = None, *_, **__) -> Tensor | None:
         return forward(attn, x, partition) if isinstance(partition, Partition) else None
 
+    with_partition.on_a_map = True
     return with_partition
+
+
+# PyTorch's wrappers that hand their arguments on: where each keeps what it wraps.
+_WRAPPED = ("_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_orig_mod")
+# Parts of an attention module that a kernel replaces, and the classes that it can replace.
+_REPLACED = {"softmax": (nn.Softmax,), "attn_drop": (nn.Dropout, nn.Identity)}
+
+
+def takes_maps(attn: nn.Module) -> bool:
+    """Whether ``attn``, called with a map and a `Partition`, computes what its own forward does group by group.
+
+    It does while it, or the module in a wrapper of PyTorch's, runs a function of `on_a_map`, drops no attention weights
+    and has no hooks on the parts that the kernel replaces. Else a block has to run its own method.
+    """
+    while not _runs_on_a_map(attn):
+        attn = next((attn._modules[name] for name in _WRAPPED if name in attn._modules), None)
+        if attn is None:
+            return False
+    if drops(attn) or unusual(attn):
+        return False
+    parts = attn._modules
+    return silent(parts.get("softmax"), parts.get("attn_drop"), parts.get("rel_pos"))
+
+
+def unusual(attn: nn.Module) -> str | None:
+    """Name of a part of an attention module that no kernel can replace, if there is one."""
+    for name, kinds in _REPLACED.items():
+        if name in attn._modules and type(attn._modules[name]) not in kinds:
+            return name
+    return None
+
+
+def silent(*parts: nn.Module | None) -> bool:
+    """Whether nobody notices that ``parts`` are not called."""
+    for part in parts:  # a loop costs less than `all` at every call
+        if part is not None and not as_made(part):
+            return False
+    return True
+
+
+def _runs_on_a_map(attn: nn.Module) -> bool:
+    forward = attn.__dict__.get("forward")
+    return isinstance(forward, partial) and len(forward.args) > 0 and getattr(forward.args[0], "on_a_map", False)
+
+
+def known(x: Tensor) -> bool:
+    """Whether the values of ``x`` can be looked at now: it has some, and nothing is traced or captured."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor or x.is_meta:
+        return False
+    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 # What a check is made of: nothing is replaced unless it has the parts and the sizes that will be relied on.
@@ -113,6 +170,27 @@ def expect_shape(table: Tensor, expected: tuple[int, ...]) -> None:
     expect(tuple(table.shape) == expected, f"it has a table {list(table.shape)}, expected {list(expected)}")
 
 
+def expect_values(name: str, buffer: Tensor | None, expected: Tensor | None, of: str) -> None:
+    """Raise `Unsuitable` unless ``buffer`` has the values of its formula. A meta tensor has no values and passes."""
+    if buffer is None or expected is None:
+        return expect(buffer is expected, f"its {name} is {'missing' if buffer is None else 'set'}, unlike {of}")
+    if known(buffer):
+        same = buffer.shape == expected.shape and torch.equal(buffer, expected.to(buffer.dtype))
+        expect(same, f"its {name} has other values than {of}")
+
+
+def check_index(part: nn.Module, group: Pair) -> None:
+    """Raise `Unsuitable` unless pairs of tokens take the row of their offset, query minus key, from its table."""
+    index = getattr(part, "relative_position_index", None)
+    if index is None:
+        return
+    h, w = group
+    place = torch.arange(h * w, device=index.device)
+    y, x = place // w, place % w
+    rows = (y[:, None] - y + h - 1) * (2 * w - 1) + x[:, None] - x + w - 1
+    expect_values("relative_position_index", index.flatten(), rows.flatten(), f"groups of {times(group)} have")
+
+
 def check_scale(attn: nn.Module, scale: object, head_dim: int) -> None:
     number = isinstance(scale, (int, float)) and not isinstance(scale, bool) and math.isfinite(scale)
     expect(number, f"its scale is {scale!r}, expected a number")
@@ -120,9 +198,21 @@ def check_scale(attn: nn.Module, scale: object, head_dim: int) -> None:
     expect(not ignored, f"its scale is {scale}, which PyTorch's attention inside it does not use")
 
 
+def is_kind(part: object, *names: str) -> bool:
+    """Whether the class of ``part``, or one that it derives from, has one of these names."""
+    return any(kind.__name__ in names for kind in type(part).__mro__)
+
+
 def check_kind(part: object, *names: str) -> None:
-    kinds = [kind.__name__ for kind in type(part).__mro__]
-    expect(any(name in kinds for name in names), f"it has a {kinds[0]} where a {' or '.join(names)} is expected")
+    expect(is_kind(part, *names), f"it has a {type(part).__name__} where a {' or '.join(names)} is expected")
+
+
+def check_methods(part: nn.Module, besides: tuple[str, ...] = ("forward",)) -> None:
+    """Raise `Unsuitable` if the instance overrides a method of its class, which replaced methods may call."""
+    for name in vars(part).keys() - set(besides):
+        own = getattr(type(part), name, None)
+        theirs = inspect.isfunction(own) and not own.__module__.startswith("torch.nn.")
+        expect(not theirs, f"its {name} was replaced by something else before")
 
 
 def check_parts(module: nn.Module, *names: str) -> None:
@@ -140,6 +230,13 @@ def pair_of(value: object, name: str) -> Pair:
     return tuple(pair)
 
 
+def check_int(value: object, name: str) -> None:
+    """Raise `Unsuitable` unless ``value`` is one int, which published files have for both axes."""
+    axes = len(value) if isinstance(value, (tuple, list)) else 0
+    more = f", and no kernel here is for windows of {axes} axes" if axes > 2 else ""
+    expect(isinstance(value, int), f"its {name} is {value!r} where the published class has an int{more}")
+
+
 def times(size: Pair) -> str:
     return f"{size[0]} x {size[1]}"
 
@@ -151,12 +248,39 @@ def random(*shape: int) -> Tensor:
 # Attention on a whole map
 
 
+def shift_mask(partition: Partition, height: int, width: int, like: Tensor) -> Tensor:  # [windows, N, N]
+    """Swin's mask: -100 between tokens that only the shift brought together, which is what the operator adds.
+
+    A map of 2 x 2 windows has all kinds: inside, at the right border, at the lower one, at both.
+    """
+    (h, w), device = partition.group, like.device
+    wrapped = partition.on(2 * h, 2 * w).wrapped(2 * h, 2 * w, device)  # [4, N, 2]
+    kinds = (wrapped[:, :, None] != wrapped[:, None]).any(-1).to(like.dtype) * -100.0
+    lower, right = (torch.arange(g, n + 1, g, device=device) == n for n, g in ((height, h), (width, w)))
+    return kinds[(2 * lower[:, None] + right).flatten()]
+
+
+# mask -> its version, the partition and the map that it was compared for, and whether it is theirs
+_COMPARED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def is_shift_mask(mask: object, partition: Partition, height: int, width: int) -> bool:
+    """Whether ``mask`` is known to equal `shift_mask`. A mask that all blocks of a stage share is compared once."""
+    if not isinstance(mask, Tensor) or not known(mask) or not mask.is_floating_point() or mask.requires_grad:
+        return False
+    # changes of inference tensors leave no trace: those are compared at every call
+    key = None if mask.is_inference() else (mask._version, partition, height, width)
+    before, same = _COMPARED.get(mask, (None, False))
+    if key is None or key != before:
+        expected = shift_mask(partition, height, width, mask)
+        same = mask.shape == expected.shape and torch.equal(mask, expected)
+        if key is not None:
+            _COMPARED[mask] = key, same
+    return same
+
+
 def packed(qkv: Tensor, heads: int) -> Tensor:  # [B, H, W, 3C] -> [B, H, W, 3, heads, head_dim]
     return qkv.unflatten(-1, (3, heads, -1))
-
-
-def swin_table(table: Tensor, window: Pair) -> Tensor:  # [(2Gh-1)(2Gw-1), heads] -> [heads, 2Gh-1, 2Gw-1]
-    return table.t().unflatten(1, tuple(2 * n - 1 for n in window))
 
 
 def attend(qkv: Tensor, partition: Partition, bias: Tensor | None, scale: float) -> Tensor:

@@ -27,6 +27,7 @@ _FAMILIES: dict[type[Model], dict[str, dict]] = {
     MaxViT: maxvit.CONFIGS,
     MViT: mvit.CONFIGS,
 }
+_PUBLISHED = {"pretrained", "weights", "checkpoint", "checkpoint_path"}  # how other libraries ask for weights
 _MODELS = {name: (family, config) for family, configs in _FAMILIES.items() for name, config in configs.items()}
 
 
@@ -62,7 +63,10 @@ def create_model(name: str, num_classes: int | None = None, *, backend: str | No
     family, config = _MODELS[name]
     known = list(inspect.signature(family).parameters)
     if unknown := sorted(set(overrides) - set(known)):
-        raise TypeError(f"{name} has no argument {', '.join(unknown)}; it has {', '.join(known)}")
+        hint = ". Nothing is downloaded: load_checkpoint(model, path) brings published weights from a file"
+        asked = not _PUBLISHED.isdisjoint(unknown)
+        message = f"{name} has no argument {', '.join(unknown)}; it has {', '.join(known)}"
+        raise TypeError(message + (hint if asked else ""))
     if num_classes is not None:
         overrides["num_classes"] = num_classes
     model = family(**{**config, **overrides})

@@ -163,6 +163,8 @@ class DropPath(nn.Module):
 
 def drop_path_rates(most: float, depths: Sequence[int]) -> Iterator[float]:
     """The rate of every block: from 0 at the first to ``most`` at the last."""
+    if isinstance(most, bool) or not isinstance(most, (int, float)):
+        raise TypeError(f"drop_path must be a number, got {_checks.shown(most)}")
     blocks = sum(depths)
     return (most * i / max(blocks - 1, 1) for i in range(blocks))
 
@@ -172,6 +174,8 @@ class Mlp(nn.Module):
 
     def __init__(self, dim: int, hidden: int, out: int | None = None, *, approximate: str = "none"):
         super().__init__()
+        if hidden < 1:
+            raise ValueError(f"mlp_ratio must give the MLP of {dim} channels at least 1 hidden channel, got {hidden}")
         self.fc1 = nn.Linear(dim, hidden)
         self.act = nn.GELU(approximate)
         self.fc2 = nn.Linear(hidden, out or dim)
@@ -220,5 +224,18 @@ def per_stage(name: str, value: object, stages: int) -> tuple:
     """``value`` for each stage: one for all, or a sequence of as many."""
     values = tuple(value) if isinstance(value, (tuple, list)) else (value,) * stages
     if len(values) != stages:
-        raise ValueError(f"{name} must be one value or one for each of the {stages} stages, got {value!r}")
+        raise ValueError(f"{name} must be one value or one for each of the {stages} stages, got {_checks.shown(value)}")
+    return values
+
+
+def sizes_per_stage(name: str, value: object, stages: int | None = None) -> tuple[int, ...]:
+    """`per_stage` of ints of at least 1. Without ``stages`` the value is a sequence, whose length is their number."""
+    if stages is None and not (isinstance(value, (tuple, list)) and value):
+        raise TypeError(f"{name} must be a sequence of ints, one for each stage, got {_checks.shown(value)}")
+    values = tuple(value) if stages is None else per_stage(name, value, stages)
+    for size in values:
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise TypeError(f"{name} must be ints, one for each stage, got {_checks.shown(value)}")
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1 in every stage, got {_checks.shown(value)}")
     return values

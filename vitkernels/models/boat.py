@@ -11,9 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from .. import _checks
+from .._layer import Conv2d
 from ..cluster_attention import FeatureSpaceAttention
 from ..partition_attention import CrossShapedWindowAttention, WindowAttention
-from ._blocks import Pyramid, Stage, TransformerBlock, drop_path_rates, nchw, nhwc, pad_to_multiple, per_stage
+from ._blocks import Pyramid, Stage, TransformerBlock, drop_path_rates, nchw, nhwc, pad_to_multiple, sizes_per_stage
 
 STRIDE = 4  # pixels between the tokens of the first stage
 
@@ -34,7 +36,7 @@ class PatchEmbedding(nn.Module):
 
     def __init__(self, in_channels: int, dim: int):
         super().__init__()
-        self.proj = nn.Conv2d(in_channels, dim, STRIDE, STRIDE)
+        self.proj = Conv2d(in_channels, dim, STRIDE, STRIDE)
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, images: Tensor) -> Tensor:  # [B, channels, H, W] -> [B, H / 4, W / 4, C]
@@ -99,7 +101,9 @@ class BoatSwin(Pyramid):
         features_only: bool = False,
     ):
         super().__init__(num_classes, in_channels, features_only)
-        rates, heads = drop_path_rates(drop_path, depths), per_stage("heads", heads, len(depths))
+        _checks.check_sizes(embed_dim=embed_dim, window_size=window_size)
+        depths = sizes_per_stage("depths", depths)
+        rates, heads = drop_path_rates(drop_path, depths), sizes_per_stage("heads", heads, len(depths))
         self.channels = tuple(embed_dim << s for s in range(len(depths)))
         stages, last = [], len(depths) - 1
         for s, (dim, depth) in enumerate(zip(self.channels, depths)):
@@ -119,7 +123,7 @@ class ConvEmbedding(nn.Module):
 
     def __init__(self, dim: int, out: int, kernel: int, stride: int):
         super().__init__()
-        self.conv = nn.Conv2d(dim, out, kernel, stride, (kernel - 1) // 2 if stride == 2 else 2)
+        self.conv = Conv2d(dim, out, kernel, stride, (kernel - 1) // 2 if stride == 2 else 2)
         self.norm = nn.LayerNorm(out)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, H / stride, W / stride, out]
@@ -184,8 +188,10 @@ class BoatCSWin(Pyramid):
         features_only: bool = False,
     ):
         super().__init__(num_classes, in_channels, features_only)
-        rates, heads = drop_path_rates(drop_path, depths), per_stage("heads", heads, len(depths))
-        stripe_width = per_stage("stripe_width", stripe_width, len(depths))
+        _checks.check_sizes(embed_dim=embed_dim)
+        depths = sizes_per_stage("depths", depths)
+        rates, heads = drop_path_rates(drop_path, depths), sizes_per_stage("heads", heads, len(depths))
+        stripe_width = sizes_per_stage("stripe_width", stripe_width, len(depths))
         self.channels = tuple(embed_dim << s for s in range(len(depths)))
         stages, last = [], len(depths) - 1
         for s, (dim, depth) in enumerate(zip(self.channels, depths)):

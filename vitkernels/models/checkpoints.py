@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import _checks
 from ._blocks import Model
 from .boat import BoatCSWin, BoatSwin
 from .crossformer import CrossFormer
@@ -43,6 +44,7 @@ class Layout:
     prepare: Callable[[State], State] = lambda state: state  # what the rules cannot do: it takes all names to know one
     convert: Callable[[str, Tensor], Tensor] = lambda name, value: value  # by the name here
     style: str | None = None  # of MaxViT
+    index: str | None = None  # of MViT: how its author rounds relative distances; None leaves the model's own
 
     def fits(self, names: Iterable[str]) -> bool:
         text = "\n".join(names)
@@ -65,6 +67,12 @@ def _three_major(name: str, value: Tensor) -> Tensor:
     if ".attn.qkv." not in name:
         return value
     return value.unflatten(0, (-1, 3, HEAD_DIM)).transpose(0, 1).flatten(0, 2)
+
+
+def _flat(name: str, value: Tensor) -> Tensor:
+    """Pools of SlowFast's image models, which are convolutions of volumes one frame deep, as those of images."""
+    pool = re.search(r"\.attn\.pool_[qkv]\.weight$", name) and value.dim() == 5 and value.shape[2] == 1
+    return value.squeeze(2) if pool else value
 
 
 def _with_batch(name: str, value: Tensor) -> Tensor:
@@ -161,9 +169,25 @@ LAYOUTS = (
         style="torchvision",
     ),
     Layout("MaxViT of vitkernels", MaxViT, (r"\.attn_grid\.attn\.relative_position_bias_table$",)),
-    Layout("torchvision's MViT", MViT, (r"^conv_proj\.", r"\.pool_k\.pool\."), _TORCHVISION_MVIT, convert=_with_batch),
-    Layout("timm's MViTv2", MViT, (r"^stages\.", r"\.attn\.pool_k\."), _TIMM_MVIT, prepare=_numbered),
-    Layout("MViT", MViT, (r"^blocks\.", r"\.attn\.pool_k\."), ((r"^head\.projection\.", "head."),)),
+    Layout(
+        "torchvision's MViT",
+        MViT,
+        (r"^conv_proj\.", r"\.pool_k\.pool\."),
+        _TORCHVISION_MVIT,
+        convert=_with_batch,
+        index="torchvision",
+    ),
+    Layout("timm's MViTv2", MViT, (r"^stages\.", r"\.attn\.pool_k\."), _TIMM_MVIT, prepare=_numbered, index="slowfast"),
+    Layout(
+        "SlowFast's MViT",
+        MViT,
+        (r"^blocks\.", r"\.attn\.pool_k\.", r"^head\.projection\."),
+        ((r"^head\.projection\.", "head."),),
+        convert=_flat,
+        index="slowfast",
+    ),
+    # of vitkernels, or SlowFast's without a classifier: nothing tells them apart
+    Layout("MViT", MViT, (r"^blocks\.", r"\.attn\.pool_k\."), convert=_flat),
 )
 
 
@@ -236,6 +260,11 @@ def load_checkpoint(model: Model, path: str | PathLike, *, drop_head: bool = Fal
     the models here save. Nothing is downloaded, nothing but tensors and plain data is read, and nothing is changed
     unless everything fits.
 
+    An MViT also takes its author's rule for relative distances: its attribute ``index`` becomes "torchvision" for
+    torchvision's weights and "slowfast" for timm's and SlowFast's. Files that the models here save do not name a rule
+    and leave it alone. So do SlowFast's files without a classifier, which have the same names; "slowfast" is the rule
+    that the named models begin with.
+
     Args:
         model: where they go; its arguments must be those that the weights were made with. A model with
             ``features_only`` takes no final norm and no classifier from the file.
@@ -260,8 +289,7 @@ def load_checkpoint(model: Model, path: str | PathLike, *, drop_head: bool = Fal
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     own = model.state_dict()
-    if any(value.is_meta for value in own.values()):
-        raise ValueError("the model is on the meta device; model.to_empty(device=...) gives it memory")
+    _check_model(own)
     state = _weights(_read(path), path, entry)
     layout = next((layout for layout in LAYOUTS if layout.fits(state)), None)
     if layout is None:
@@ -275,7 +303,7 @@ def load_checkpoint(model: Model, path: str | PathLike, *, drop_head: bool = Fal
             f"create_model(..., style={layout.style!r}) makes one for them"
         )
     state = layout.prepare(state)
-    found, left_out = {}, []
+    found, left_out, refused = {}, [], []
     dropped = (("norm.", "head.") if model.features_only else ()) + (
         (f"{model.classifier}.",) if drop_head or not model.num_classes else ()
     )
@@ -283,12 +311,57 @@ def load_checkpoint(model: Model, path: str | PathLike, *, drop_head: bool = Fal
         new = _rename(name, layout.rules)
         if re.search(layout.extra, name) or new.startswith(dropped):
             left_out.append(name)
+        elif new in found:
+            refused.append(f"{name} stands for {new}, and so does another entry")
+        elif new in own and (why := _refusal(value, own[new])):
+            refused.append(f"{name} {why}")
+            found[new] = own[new]
         else:
             found[new] = _converted(layout, new, value)
     kept = {n for n in own if n.endswith("num_batches_tracked") or (drop_head and n.startswith(dropped))} - found.keys()
-    _compare(own.keys() - kept, own, found, path, layout.source, model)
-    model.load_state_dict({**{name: own[name] for name in kept}, **found})
+    _compare(own.keys() - kept, own, found, refused, path, layout.source, model)
+    # in the model's dtypes before the first parameter changes: from here on nothing is allocated
+    found = {name: value.to(own[name].dtype) for name, value in found.items()}
+    with torch.no_grad():
+        for name, value in found.items():
+            own[name].copy_(value)
+    if layout.index is not None:
+        model.index = layout.index
     return Loaded(layout.source, left_out)
+
+
+def _check_model(own: dict[str, object]) -> None:
+    """The model's tensors can be written to, all of them."""
+    faults = {
+        "are not dense tensors: load the weights before the model is quantised or sharded": lambda x: not _dense(x),
+        "are on the meta device; model.to_empty(device=...) gives it memory": lambda x: x.is_meta,
+        "were made under inference_mode: make the model outside of it": (
+            lambda x: x.is_inference() and not torch.is_inference_mode_enabled()
+        ),
+        "are expanded, several of their elements one in memory: clone them": (
+            lambda x: any(stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride()))
+        ),
+    }
+    for fault, has in faults.items():
+        if names := [name for name, value in own.items() if has(value)]:
+            raise ValueError(f"parameters or buffers of the model {fault}: {_some(names)}")
+
+
+def _dense(x: object) -> bool:
+    return type(x) in (Tensor, torch.nn.Parameter) and not x.is_nested and x.layout == torch.strided
+
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def _refusal(value: Tensor, own: Tensor) -> str | None:
+    """Why an entry is not copied to ``own``, the model's of its name, or None."""
+    if not _dense(value):
+        return f"is a {value.layout} tensor" if type(value) is Tensor else f"is a {type(value).__name__}"
+    if value.is_meta:
+        return "is on the meta device and has no values"
+    known, expected = (_checks.DTYPES, "floating-point") if own.is_floating_point() else (_INTEGERS, "integers")
+    return None if value.dtype in known else f"is {value.dtype}, expected {expected}"
 
 
 def _converted(layout: Layout, name: str, value: Tensor) -> Tensor:
@@ -298,16 +371,23 @@ def _converted(layout: Layout, name: str, value: Tensor) -> Tensor:
         return value
 
 
-def _compare(expected: set[str], own: State, found: State, path: Path, source: str, model: Model) -> None:
-    """Refuse parameters that are not the model's."""
+def _compare(
+    expected: set[str], own: State, found: State, refused: list[str], path: Path, source: str, model: Model
+) -> None:
+    """Refuse parameters that are not the model's, with those that were refused already."""
     absent, unknown = sorted(expected - found.keys()), sorted(found.keys() - own.keys())
     wrong = [name for name in own if name in found and found[name].shape != own[name].shape]
-    if not (absent or unknown or wrong):
+    if not (absent or unknown or wrong or refused):
         return
     shapes = [f"{n} is {list(found[n].shape)} in the file, {list(own[n].shape)} in the model" for n in wrong]
-    faults = (("absent from the file", absent), ("unknown to the model", unknown), ("of another shape", shapes))
+    faults = (
+        ("absent from the file", absent), ("unknown to the model", unknown), ("of another shape", shapes),
+        ("of another kind", refused),
+    )  # fmt: skip
     text = "; ".join(f"{len(names)} {what}: {_some(names)}" for what, names in faults if names)
-    if not absent and not unknown and all(name.startswith(f"{model.classifier}.") for name in wrong):
+    if not (absent or unknown or wrong):
+        hint = "the file must hold each parameter once, as a dense tensor of floating-point numbers"
+    elif not absent and not unknown and all(name.startswith(f"{model.classifier}.") for name in wrong):
         hint = "drop_head=True keeps the model's own classifier"
     else:
         hint = "the arguments of create_model (depths, window_size, num_classes ...) must be those of the weights"

@@ -13,8 +13,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import _checks
+from .._layer import Conv2d, readable, same_strides
 from ..partition_attention import LongShortDistanceAttention
-from ._blocks import Pyramid, Stage, TransformerBlock, drop_path_rates, nchw, nhwc, pad_to_multiple, per_stage
+from ._blocks import (
+    Pyramid,
+    Stage,
+    TransformerBlock,
+    drop_path_rates,
+    nchw,
+    nhwc,
+    pad_to_multiple,
+    per_stage,
+    sizes_per_stage,
+)
 
 STRIDE = 4  # pixels between the tokens of the first stage
 
@@ -34,9 +46,22 @@ CONFIGS = {
 
 def _scales(dim: int, out: int, kernels: Sequence[int], stride: int) -> nn.ModuleList:
     """Convolutions around the same points: each takes half of the channels that are left, the last one all."""
+    sizes = kernels if isinstance(kernels, (tuple, list)) else ()
+    if not sizes or any(not isinstance(k, int) or k < stride or (k - stride) % 2 for k in sizes):
+        raise ValueError(
+            f"kernels with stride {stride} must be a sequence of {stride}, {stride + 2}, {stride + 4} ... pixels, got "
+            f"{_checks.shown(kernels)} (patch_size or merge_size)"
+        )
+    if not out >> (len(kernels) - 1):
+        raise ValueError(f"{out} channels are too few for {len(kernels)} kernels, of which each takes half of the rest")
     shares = [out >> (i + 1) for i in range(len(kernels) - 1)]
     shares.append(out - sum(shares))
-    return nn.ModuleList(nn.Conv2d(dim, n, k, stride, (k - stride) // 2) for n, k in zip(shares, kernels))
+    return nn.ModuleList(Conv2d(dim, n, k, stride, (k - stride) // 2) for n, k in zip(shares, kernels))
+
+
+def _squares(x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, C * 16, H / 4, W / 4]
+    """`F.pixel_unshuffle`, which leaves an empty batch as it is."""
+    return x.unflatten(3, (-1, STRIDE)).unflatten(2, (-1, STRIDE)).permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
 
 
 class CrossScaleEmbedding(nn.Module):
@@ -44,22 +69,21 @@ class CrossScaleEmbedding(nn.Module):
 
     def __init__(self, in_channels: int, dim: int, kernels: Sequence[int]):
         super().__init__()
-        self.projs = _scales(in_channels, dim, kernels, STRIDE)
+        self.kernels, self.projs = tuple(kernels), _scales(in_channels, dim, kernels, STRIDE)
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, images: Tensor) -> Tensor:  # [B, channels, H, W] -> [B, H / 4, W / 4, C]
         images = pad_to_multiple(images, STRIDE)
         # Kernels of 8, 16 and 32 pixels begin and end 2 pixels off the patches. On squares of 4 x 4 pixels that lie so,
         # a pixel a channel, they go from square to neighbour: the same products, which are slow on three channels.
-        squares = F.pixel_unshuffle(F.pad(images, (STRIDE // 2,) * 4), STRIDE)
+        squares = _squares(F.pad(images, (STRIDE // 2,) * 4))
         maps = []
-        for proj in self.projs:
-            side = proj.kernel_size[0] // STRIDE  # squares
-            if proj.kernel_size[0] % (2 * STRIDE):
+        for kernel, proj in zip(self.kernels, self.projs):
+            side = kernel // STRIDE  # squares
+            if kernel % (2 * STRIDE) or not readable(proj):
                 maps.append(proj(images))
             else:
-                weight = F.pixel_unshuffle(proj.weight, STRIDE)
-                maps.append(F.conv2d(squares, weight, proj.bias, padding=side // 2 - 1))
+                maps.append(F.conv2d(squares, _squares(same_strides(proj.weight)), proj.bias, padding=side // 2 - 1))
         return self.norm(nhwc(torch.cat(maps, 1)))
 
 
@@ -82,7 +106,7 @@ class Block(TransformerBlock):
     def __init__(self, attn: LongShortDistanceAttention, mlp_ratio: float, drop_path: float, cooling: bool):
         super().__init__(attn, mlp_ratio, drop_path)
         dim = attn.dim
-        self.ex_conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim) if cooling else None
+        self.ex_conv = Conv2d(dim, dim, 3, padding=1, groups=dim) if cooling else None
         self.ex_ln = nn.LayerNorm(dim) if cooling else None
 
     def forward(self, x: Tensor) -> Tensor:  # [B, H, W, C]
@@ -104,6 +128,11 @@ class CrossFormer(Pyramid):
         long_distance: how the odd blocks group the map, all the same at 224 x 224: "long", groups of ``group_size`` at
             ``interval`` (the current official code); "grid", ``group_size`` tokens spread over the map (the first
             classification code); "interval", every ``interval``-th token of the map (the first detection code).
+        small_map: the side of the groups where a map is no longer than ``group_size`` along one axis, as in
+            `LongShortDistanceAttention`; None is the rule of the code that ``long_distance`` names, "longer" for "long"
+            and "shorter" for the others. All the same for square images.
+        padding: "masked" or "attended", as in `LongShortDistanceAttention`; all published weights were trained with
+            "masked".
         patch_size: kernels of the embedding, in pixels.
         merge_size: kernels between the stages, one sequence for each step.
         mlp_ratio: hidden channels of the MLPs over their channels, one or one for each stage.
@@ -125,6 +154,8 @@ class CrossFormer(Pyramid):
         group_size: int | Sequence[int] = 7,
         interval: int | Sequence[int] = (8, 4, 2, 1),
         long_distance: str = "long",
+        small_map: str | None = None,
+        padding: str = "masked",
         patch_size: Sequence[int] = (4, 8, 16, 32),
         merge_size: Sequence[Sequence[int]] = ((2, 4), (2, 4), (2, 4)),
         mlp_ratio: float | Sequence[float] = 4.0,
@@ -137,19 +168,23 @@ class CrossFormer(Pyramid):
         super().__init__(num_classes, in_channels, features_only)
         if long_distance not in ("long", "grid", "interval"):
             raise ValueError(f"long_distance must be 'long', 'grid' or 'interval', got {long_distance!r}")
-        if len(merge_size) < len(depths) - 1:
+        _checks.check_sizes(embed_dim=embed_dim)
+        depths = sizes_per_stage("depths", depths)
+        if not isinstance(merge_size, (tuple, list)) or len(merge_size) < len(depths) - 1:
             raise ValueError(f"merge_size must have kernels for each of {len(depths) - 1} steps, got {merge_size!r}")
-        rates = drop_path_rates(drop_path, depths)
-        values = {"heads": heads, "group_size": group_size, "interval": interval, "mlp_ratio": mlp_ratio}
-        heads, groups, intervals, ratios = (per_stage(name, value, len(depths)) for name, value in values.items())
+        rates, ratios = drop_path_rates(drop_path, depths), per_stage("mlp_ratio", mlp_ratio, len(depths))
+        values = {"heads": heads, "group_size": group_size, "interval": interval}
+        heads, groups, intervals = (sizes_per_stage(name, value, len(depths)) for name, value in values.items())
         self.channels = tuple(embed_dim << s for s in range(len(depths)))
+        if small_map is None:
+            small_map = "longer" if long_distance == "long" else "shorter"
         stages = []
         for s, (dim, depth) in enumerate(zip(self.channels, depths)):
             near = (groups[s], 1)
             far = {"long": (groups[s], intervals[s]), "grid": (groups[s], None), "interval": (None, intervals[s])}
-            blocks = []
+            small, blocks = {"small_map": small_map, "small_size": groups[s], "padding": padding}, []
             for i in range(depth):
-                attn = LongShortDistanceAttention(dim, heads[s], *(far[long_distance] if i % 2 else near))
+                attn = LongShortDistanceAttention(dim, heads[s], *(far[long_distance] if i % 2 else near), **small)
                 blocks.append(Block(attn, ratios[s], next(rates), cooling and i % 3 == 2 and i < depth - 1))
             stages.append(Stage(blocks, Merging(dim, merge_size[s]) if s < len(depths) - 1 else None))
         self._finish(CrossScaleEmbedding(in_channels, embed_dim, patch_size), stages)

@@ -14,8 +14,19 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._layer import Conv2d
 from ..partition_attention import MaxSA
-from ._blocks import DropPath, Pyramid, Stage, TransformerBlock, drop_path_rates, initialise, nchw, nhwc, per_stage
+from ._blocks import (
+    DropPath,
+    Pyramid,
+    Stage,
+    TransformerBlock,
+    drop_path_rates,
+    initialise,
+    nchw,
+    nhwc,
+    sizes_per_stage,
+)
 
 HEAD_DIM = 32
 
@@ -60,7 +71,7 @@ STYLES = {
 }  # fmt: skip
 
 
-class Conv3x3(nn.Conv2d):
+class Conv3x3(Conv2d):
     """A 3 x 3 convolution whose map has ``ceil(H / stride)`` rows, padded as PyTorch or as TensorFlow does."""
 
     def __init__(self, dim: int, out: int, stride: int = 1, *, same: bool, **options):
@@ -81,7 +92,7 @@ class Skip(nn.Module):
     def __init__(self, dim: int, out: int, style: Style):
         super().__init__()
         self.side = style.skip
-        self.expand = nn.Conv2d(dim, out, 1, bias=style.bias) if dim != out or style.always else None
+        self.expand = Conv2d(dim, out, 1, bias=style.bias) if dim != out or style.always else None
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W]
         x = F.avg_pool2d(x, 3, 2, 1) if self.side == 3 else F.avg_pool2d(x, 2, ceil_mode=True)
@@ -93,7 +104,7 @@ class SqueezeExcitation(nn.Module):
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
-        self.fc1, self.fc2 = nn.Conv2d(dim, hidden, 1), nn.Conv2d(hidden, dim, 1)
+        self.fc1, self.fc2 = Conv2d(dim, hidden, 1), Conv2d(hidden, dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W]
         return x * self.fc2(F.silu(self.fc1(x.mean((2, 3), keepdim=True)))).sigmoid()
@@ -107,13 +118,13 @@ class MBConv(nn.Module):
         inner = 4 * (out if style.from_out else dim)
         self.shortcut = Skip(dim, out, style) if stride == 2 else None
         self.pre_norm = nn.BatchNorm2d(dim, **style.batch_norm)
-        self.conv1_1x1 = nn.Conv2d(dim, inner, 1, bias=False)
+        self.conv1_1x1 = Conv2d(dim, inner, 1, bias=False)
         self.norm1 = nn.BatchNorm2d(inner, **style.batch_norm)
         self.conv2_kxk = Conv3x3(inner, inner, stride, same=style.same, groups=inner, bias=False)
         self.norm2 = nn.BatchNorm2d(inner, **style.batch_norm)
         self.act = style.act()
         self.se = SqueezeExcitation(inner, inner // 16)
-        self.conv3_1x1 = nn.Conv2d(inner, out, 1, bias=style.bias)
+        self.conv3_1x1 = Conv2d(inner, out, 1, bias=style.bias)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W]
@@ -196,9 +207,13 @@ class MaxViT(Pyramid):
         if style not in STYLES:
             raise ValueError(f"style must be one of {', '.join(STYLES)}, got {style!r}")
         self.style, how = style, STYLES[style]
-        stem = per_stage("stem_width", stem_width, 2)
+        if isinstance(stem_width, (tuple, list)) and len(stem_width) != 2:
+            raise ValueError(f"stem_width must be one int or one for each of the 2 convolutions, got {stem_width!r}")
+        stem, depths = sizes_per_stage("stem_width", stem_width, 2), sizes_per_stage("depths", depths)
         rates = drop_path_rates(drop_path, depths)
-        self.channels = per_stage("embed_dim", embed_dim, len(depths))
+        self.channels = sizes_per_stage("embed_dim", embed_dim, len(depths))
+        if any(dim % HEAD_DIM for dim in self.channels):
+            raise ValueError(f"embed_dim must be multiples of {HEAD_DIM}, the channels of a head, got {embed_dim!r}")
         self.stem, self.stages = Stem(in_channels, *stem, how), nn.ModuleList()
         dim = stem[1]
         for out, depth in zip(self.channels, depths):

@@ -12,11 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import _checks
+from .._layer import Conv2d, Conv3d
 from ..pooled_attention import MultiScaleAttention, pool_tokens
-from ._blocks import DropPath, Mlp, Model, drop_path_rates, initialise
+from ._blocks import DropPath, Mlp, Model, drop_path_rates, initialise, sizes_per_stage
 
 _V1 = {"kv_stride": 8, "has_cls": True, "abs_pos": True, "expand_in": "mlp", "dropout": 0.5, "num_classes": 400}
-_V2 = {"rel_pos": True, "residual": "all_but_cls", "pool_every_q": True}
+_V2 = {"rel_pos": True, "residual": "all_but_cls", "index": "slowfast", "pool_every_q": True}
 _V2_VIDEO = {**_V2, "kv_stride": 8, "has_cls": True, "dropout": 0.5, "num_classes": 400}
 
 CONFIGS = {
@@ -39,7 +41,7 @@ class PatchEmbedding(nn.Module):
 
     def __init__(self, in_channels: int, dim: int, video: bool):
         super().__init__()
-        kind, kernel, stride = (nn.Conv3d, (3, 7, 7), (2, 4, 4)) if video else (nn.Conv2d, (7, 7), (4, 4))
+        kind, kernel, stride = (Conv3d, (3, 7, 7), (2, 4, 4)) if video else (Conv2d, (7, 7), (4, 4))
         self.proj = kind(in_channels, dim, kernel, stride, tuple(k // 2 for k in kernel))
 
     def forward(self, images: Tensor) -> tuple[Tensor, tuple[int, ...]]:  # [B, N, C] and the map
@@ -103,6 +105,9 @@ class MViT(Model):
         abs_pos: separable position embeddings (MViT).
         rel_pos: decomposed relative positions in space and time (MViTv2).
         residual: of the pooled queries, as in `MultiScaleAttention`.
+        index: how all layers round a relative distance where strides do not divide the map, as in `pooled_attention`:
+            "exact", "slowfast" (timm too) or "torchvision". The named models have "slowfast"; the attribute ``index``
+            changes it, and `load_checkpoint` sets it to the rule of the weights' author.
         mlp_ratio: hidden channels of the MLPs over their channels.
         dropout: before the classifier.
         drop_path: stochastic depth at the last block.
@@ -129,6 +134,7 @@ class MViT(Model):
         abs_pos: bool = False,
         rel_pos: bool = False,
         residual: str = "none",
+        index: str = "exact",
         mlp_ratio: float = 4.0,
         dropout: float = 0.0,
         drop_path: float = 0.0,
@@ -140,9 +146,17 @@ class MViT(Model):
         if expand_in not in ("attn", "mlp"):
             raise ValueError(f"expand_in must be 'attn' or 'mlp', got {expand_in!r}")
         video = frames is not None
+        chosen = {name: value for name, value in (("frames", frames), ("kernel", kernel)) if value is not None}
+        _checks.check_sizes(embed_dim=embed_dim, heads=heads, image_size=image_size, kv_stride=kv_stride, **chosen)
+        if image_size < self.min_size or (video and frames < 2):
+            raise ValueError(
+                f"image_size must be at least {self.min_size} and frames at least 2, the strides of the patches, "
+                f"got {image_size} and {frames}"
+            )
+        depths = sizes_per_stage("depths", depths)
         if video:
             self.layout = "[B, channels, T, H, W]"
-        self.depths, self.has_cls = tuple(depths), has_cls
+        self.depths, self.has_cls = depths, has_cls
         self.patch_embed = PatchEmbedding(in_channels, embed_dim, video)
         size = (*((frames // 2,) if video else ()), image_size // 4, image_size // 4)  # tokens
         self.size = size
@@ -151,7 +165,8 @@ class MViT(Model):
         self.pos_embed_temporal = nn.Parameter(torch.zeros(1, size[0], embed_dim)) if abs_pos and video else None
         self.pos_embed_class = nn.Parameter(torch.zeros(1, 1, embed_dim)) if abs_pos and has_cls else None
         shared = {
-            "has_cls": has_cls, "residual": residual, "rel_pos_spatial": rel_pos, "rel_pos_temporal": rel_pos and video,
+            "has_cls": has_cls, "residual": residual, "index": index,
+            "rel_pos_spatial": rel_pos, "rel_pos_temporal": rel_pos and video,
         }  # fmt: skip
         widths = [embed_dim << s for s in range(len(depths))]
         rates, dim, blocks, channels = drop_path_rates(drop_path, depths), embed_dim, [], []
@@ -178,6 +193,15 @@ class MViT(Model):
         for name, parameter in self.named_parameters():
             if name.startswith(("cls_token", "pos_embed")):
                 nn.init.trunc_normal_(parameter, std=0.02)
+
+    @property
+    def index(self) -> str:
+        return self.blocks[0].attn.index
+
+    @index.setter
+    def index(self, index: str) -> None:
+        for block in self.blocks:
+            block.attn.index = index
 
     def _axes(self, stride: int) -> tuple[int, ...]:
         """Of a stride in space: time is never pooled."""

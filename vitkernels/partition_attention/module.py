@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _checks
-from .._layer import AttentionLayer, LocalPosition
+from .._layer import AttentionLayer, LocalPosition, bias_from_table
 from ..partition import Partition, Size, as_pair
 from ..position_bias import DynamicPositionBias
 from .op import lsda_attention, partition_attention_qkvpacked
@@ -20,9 +20,11 @@ class LongShortDistanceAttention(AttentionLayer):
 
     "CrossFormer: A Versatile Vision Transformer Hinging on Cross-scale Attention" (Wang et al., ICLR 2022), sections
     3.2 and 3.3. Parameters are named as in the official code: ``qkv``, ``proj``, ``pos.pos_proj``, ``pos.pos1`` ...
-    Maps of any size: places that padding would fill are masked as keys, which equals the official pad-and-mask; a map
-    whose shorter side is no longer than the group becomes a single group, as in the official dense-prediction code,
-    decided at every call.
+    Maps of any size: places that padding would fill are masked as keys, which equals the official pad-and-mask.
+
+    A map that is no longer than a group along one axis is small. Its groups are squares of neighbouring tokens, whose
+    side the official codes choose differently: see ``small_map``. It is chosen at every call. The official option to
+    pad a map on all sides (``pad_type=1``) is not offered: the kernels mask places below the map and to its right.
 
     Args:
         dim: channels C.
@@ -33,6 +35,13 @@ class LongShortDistanceAttention(AttentionLayer):
         scale: multiplies ``q k^T``; ``head_dim ** -0.5`` if None.
         proj_drop: dropout after the output projection.
         residual: residual connections inside the position MLP.
+        small_map: the side of the square groups of a small map: "longer", the map's longer side, and so a single group
+            (the current code for detection and segmentation); "shorter", its shorter side (the first code for
+            detection, and the code for classification).
+        small_size: tokens along (height, width) up to which a map is small; ``group_size`` if None. Where the group
+            size is derived, no map is small unless this is given.
+        padding: "masked"; or "attended": the map is filled with zeros before the projection, and they are attended to
+            (``no_mask`` in the official code).
 
     Shape:
         ``[B, H, W, C]`` to ``[B, H, W, C]``.
@@ -49,27 +58,50 @@ class LongShortDistanceAttention(AttentionLayer):
         scale: float | None = None,
         proj_drop: float = 0.0,
         residual: bool = False,
+        small_map: str = "longer",
+        small_size: Size | None = None,
+        padding: str = "masked",
     ):
         super().__init__(dim, heads, qkv_bias=qkv_bias, scale=scale, proj_drop=proj_drop)
+        if small_map not in ("longer", "shorter"):
+            raise ValueError(f"small_map must be 'longer' or 'shorter', got {small_map!r}")
+        if padding not in ("masked", "attended"):
+            raise ValueError(f"padding must be 'masked' or 'attended', below and to the right, got {padding!r}")
         self.partition = Partition(group_size, interval)
+        small = self.partition.group if small_size is None else as_pair(small_size, "small_size", 1)
+        self.small_map, self.small_size, self.padding = small_map, None if None in small else small, padding
         self.pos = DynamicPositionBias(dim, heads, residual=residual)
 
     def _partition(self, height: int, width: int) -> Partition:
-        group = self.partition.group
-        if None not in group and (height <= group[0] or width <= group[1]):
-            return Partition.window((max(height, 1), max(width, 1)))
-        return self.partition
+        small = self.small_size
+        if small is None or (height > small[0] and width > small[1]):
+            return self.partition
+        if self.small_map == "shorter":
+            return Partition.window(max(min(height, width), 1))
+        if self.padding == "attended":
+            return Partition.window(max(height, width, 1))
+        return Partition.window((max(height, 1), max(width, 1)))  # what a square would add is masked
 
     def forward(self, x: Tensor) -> Tensor:
         self._check(x)
-        qkv = self._project(x)
-        partition = self._partition(*x.shape[1:3])
+        height, width = x.shape[1:3]
+        partition = self._partition(height, width)
+        if self.padding == "masked":
+            return self._merge(self._attend(x, partition))
+        partition = partition.on(height, width)
+        below, right = (-n % (g * i) for n, g, i in zip((height, width), partition.group, partition.interval))
+        out = self._attend(F.pad(x, (0, 0, 0, right, 0, below)), partition)
+        return self._merge(out[:, :height, :width])
+
+    def _attend(self, x: Tensor, partition: Partition) -> Tensor:  # [B, H, W, C] -> [B, H, W, heads, head_dim]
         sizes = {"group_size": partition.group, "interval": partition.interval}
-        out = lsda_attention(qkv, self.pos, **sizes, scale=self.scale, backend=self.backend)
-        return self._merge(out)
+        return lsda_attention(self._project(x), self.pos, **sizes, scale=self.scale, backend=self.backend)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, group_size={self.partition.group}, interval={self.partition.interval}"
+        return (
+            f"{super().extra_repr()}, group_size={self.partition.group}, interval={self.partition.interval}, "
+            f"small_map={self.small_map!r}, small_size={self.small_size}, padding={self.padding!r}"
+        )
 
 
 class _TableAttention(AttentionLayer):
@@ -82,7 +114,7 @@ class _TableAttention(AttentionLayer):
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
 
     def _attend(self, x: Tensor, partition: Partition) -> Tensor:  # [B, H, W, C] -> [B, H, W, heads, head_dim]
-        bias = self.relative_position_bias_table.t().unflatten(1, tuple(2 * g - 1 for g in self.group))
+        bias = bias_from_table(self.relative_position_bias_table, self.group)
         return partition_attention_qkvpacked(self._project(x), partition, bias, scale=self.scale, backend=self.backend)
 
 

@@ -205,7 +205,13 @@ def _check_module(module: nn.Module, qkv: Tensor) -> None:
         raise TypeError(f"position_bias must be a DynamicPositionBias, a table or None, got {type(module).__name__}")
     if module.heads != qkv.shape[4]:
         raise ValueError(f"position_bias is for {module.heads} heads, qkv has {qkv.shape[4]}: {_checks.shape_of(qkv)}")
-    _checks.check_device("qkv", qkv, "position_bias", module.pos_proj.weight)
+    if _readable(module):
+        _checks.check_device("qkv", qkv, "position_bias", module.weights()[0])
+
+
+def _readable(module: nn.Module) -> bool:
+    """Whether a kernel may read the weights of ``module``; a wrapper that hands attributes on must be called."""
+    return hasattr(type(module), "readable") and module.readable()
 
 
 # The hidden width up to which evaluating the MLP inside the attention kernel costs less than a launch of its own: its
@@ -225,7 +231,12 @@ def _inline(module: nn.Module, form: str, backend: str, partition: Partition) ->
             f"got backend {backend!r} and {partition.tokens} tokens. Use form='table'"
         )
     if form == "auto":
-        return possible and module.hidden <= _INLINE_WIDTH and not module.constant()
+        return possible and module.hidden <= _INLINE_WIDTH and _readable(module) and not module.constant()
+    if form == "inline" and not _readable(module):
+        raise RuntimeError(
+            "form='inline' reads the parameters of the position MLP, but parts of this one are hooked, pruned, "
+            "parametrised, quantised or wrapped, and must be called. Use form='table'"
+        )
     return form == "inline"
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from .. import _checks
+from .._layer import Conv2d, Conv3d, readable, same_strides
 from .op import INDICES, RESIDUALS, pooled_attention
 from .pool import MODES, Pool, check_axes, check_thw, pool_qkv
 
@@ -19,7 +21,7 @@ class MultiScaleAttention(nn.Module):
     "MViTv2" (Li et al., CVPR 2022), section 4.1. Parameters are named as in SlowFast and timm (``qkv``, ``proj``,
     ``pool_q``, ``norm_q``, ``rel_pos_h`` ...); `rename` turns torchvision's names into these. Along an axis where
     neither kernel nor stride is above 1, nothing is pooled, and where that holds for all axes the pool and its norm are
-    left out.
+    left out. A pool or a norm that is pruned, parametrised, quantised, wrapped or hooked is called by PyTorch.
 
     Args:
         dim: channels of the input.
@@ -35,8 +37,9 @@ class MultiScaleAttention(nn.Module):
             along time.
         residual: whether the pooled queries are added to the output: "none", "all" (timm), "all_but_cls" (SlowFast,
             torchvision).
-        index: how a relative distance is rounded, as in `pooled_attention`; weights of SlowFast, timm and torchvision
-            give the published numbers with "exact" on maps whose strides divide them.
+        index: how a relative distance is rounded where the strides do not divide the map, as in `pooled_attention`:
+            weights of SlowFast and timm give their numbers with "slowfast", torchvision's with "torchvision". Where
+            they divide, all rules are one.
         qkv_bias: whether the fused projection has a bias.
         proj_drop: dropout after the output projection.
         eps: of the norms.
@@ -71,13 +74,10 @@ class MultiScaleAttention(nn.Module):
         eps: float = 1e-6,
     ):
         super().__init__()
-        _checks.check_ints(dim=dim, dim_out=dim_out, heads=heads)
-        for name, value in (("dim", dim), ("dim_out", dim_out), ("heads", heads)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        _checks.check_sizes(dim=dim, dim_out=dim_out, heads=heads)
         if dim_out % heads:
             raise ValueError(f"dim_out must be a multiple of heads, got dim_out {dim_out} and {heads} heads")
-        for name, value, known in (("mode", mode, MODES), ("residual", residual, RESIDUALS), ("index", index, INDICES)):
+        for name, value, known in (("mode", mode, MODES), ("residual", residual, RESIDUALS)):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
         size = check_thw("input_size", input_size)
@@ -105,13 +105,23 @@ class MultiScaleAttention(nn.Module):
             table = nn.Parameter(nn.init.trunc_normal_(self.qkv.weight.new_empty(length, self.head_dim), std=0.02))
             self.register_parameter(f"rel_pos_{name}", table if want else None)
 
+    @property
+    def index(self) -> str:
+        return self._index
+
+    @index.setter
+    def index(self, index: str) -> None:
+        if index not in INDICES:
+            raise ValueError(f"index must be one of {', '.join(INDICES)}, got {index!r}")
+        self._index = index
+
     def _pools(self) -> tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]:
         """Name, kernel and stride of the three pools."""
         keys = (self.kernel_kv, self.stride_kv)
         return ("q", self.kernel_q, self.stride_q), ("k", *keys), ("v", *keys)
 
     def _convolution(self, kernel: tuple[int, ...], stride: tuple[int, ...]) -> nn.Module:
-        kind = nn.Conv2d if len(kernel) == 2 else nn.Conv3d
+        kind = Conv2d if len(kernel) == 2 else Conv3d
         padding = tuple(k // 2 for k in kernel)
         return kind(self.head_dim, self.head_dim, kernel, stride, padding, groups=self.head_dim, bias=False)
 
@@ -122,12 +132,27 @@ class MultiScaleAttention(nn.Module):
         return [2 * n - 1 for n in (*size[:-2], longest, longest)]
 
     def _pool(self, name: str, kernel: tuple[int, ...], stride: tuple[int, ...]) -> Pool | None:
-        if math.prod(kernel) * math.prod(stride) == 1:
+        """How the operator pools; None where it hands tokens on: nothing is pooled, or `_call` does it."""
+        if math.prod(kernel) * math.prod(stride) == 1 or self._is_called(name):
             return None
         if self.mode != "conv":
             return Pool(kernel=kernel, stride=stride, mode=self.mode)
         norm = getattr(self, f"norm_{name}")
-        return Pool(getattr(self, f"pool_{name}").weight, norm.weight, norm.bias, stride)
+        return Pool(same_strides(getattr(self, f"pool_{name}").weight), norm.weight, norm.bias, stride)
+
+    def _is_called(self, name: str) -> bool:
+        """Whether a pool and its norm are called, as the operator cannot read them."""
+        conv, norm = getattr(self, f"pool_{name}"), getattr(self, f"norm_{name}")
+        return conv is not None and not (readable(conv, norm) and conv.bias is None and norm.eps == self.eps)
+
+    def _call(self, name: str, x: Tensor, thw: tuple[int, ...]) -> tuple[Tensor, tuple[int, ...]]:
+        """A pool and its norm on tokens ``[B, N, heads, head_dim]``, by PyTorch."""
+        cls, x = x[:, : int(self.has_cls)], x[:, int(self.has_cls) :]
+        maps = x.permute(0, 2, 3, 1).flatten(0, 1).unflatten(2, thw)  # [B * heads, head_dim, *thw]
+        maps = getattr(self, f"pool_{name}")(maps)
+        pooled = maps.flatten(2).unflatten(0, (len(x), self.heads)).permute(0, 3, 1, 2)
+        out = getattr(self, f"norm_{name}")(torch.cat((cls, pooled.to(x.dtype)), 1))
+        return out.to(x.dtype), tuple(maps.shape[2:])
 
     def forward(self, x: Tensor, thw: Sequence[int]) -> tuple[Tensor, tuple[int, ...]]:
         _checks.check_tensor("x", x, "[B, N, C]")
@@ -139,7 +164,8 @@ class MultiScaleAttention(nn.Module):
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, self.head_dim))
         pools = (self._pool(*pool) for pool in self._pools())
         how = {"has_cls": self.has_cls, "backend": self.backend}
-        (q, q_thw), (k, k_thw), (v, _) = pool_qkv(qkv, *pools, thw=thw, eps=self.eps, **how)
+        parts = zip("qkv", pool_qkv(qkv, *pools, thw=thw, eps=self.eps, **how))
+        (q, q_thw), (k, k_thw), (v, _) = (self._call(name, *x) if self._is_called(name) else x for name, x in parts)
         tables = [getattr(self, f"rel_pos_{name}") for name in "thw"[-len(thw) :]]
         out = pooled_attention(
             q, k, v, q_thw=q_thw, k_thw=k_thw, rel_pos=tables, residual=self.residual, index=self.index, **how

@@ -7,11 +7,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_ints
+from .._checks import check_ints, no_autocast, shape_of
 from .._dispatch import asked
+from .._layer import as_made, readable
 from ..partition import Size, as_pair
 from .op import evaluate
 
+_EPS = 1e-5  # of the norms, as the operators have it
 _HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -38,6 +40,10 @@ class DynamicPositionBias(nn.Module):
     3.3. Parameters are named as in the official code: ``pos_proj``, ``pos1``, ``pos2``, ``pos3``. One set of weights
     serves groups of every size. The MLP runs in float32 (float64 for float64 parameters), under autocast and with
     half-precision parameters too.
+
+    The kernels read the parameters of ``pos_proj`` ... ``pos3``. Where one of these parts is pruned, parametrised,
+    quantised, wrapped, hooked or replaced, the parts are called instead, by PyTorch, in the dtype of their parameters
+    and whatever the backend; nothing is kept then.
 
     In eval mode, where no gradient is wanted, the table is computed once and kept until a parameter changes. A change
     that autograd does not see, in place through ``parameter.data``, needs `clear_cache`, `eval` or `train` after it.
@@ -77,8 +83,35 @@ class DynamicPositionBias(nn.Module):
         layers = (self.pos_proj, *(layer for block in blocks for layer in block))
         return tuple(x for layer in layers for x in (layer.weight, layer.bias))
 
+    def readable(self) -> bool:
+        """Whether a kernel may read `weights` where it would otherwise call this module."""
+        return type(self) is DynamicPositionBias and as_made(self) and self._readable_parts()
+
+    def _readable_parts(self) -> bool:
+        proj, *blocks = (self._modules[name] for name in ("pos_proj", "pos1", "pos2", "pos3"))
+        if not readable(proj, *blocks) or type(proj) is not nn.Linear or proj._parameters["bias"] is None:
+            return False
+        for block in blocks:
+            layers = tuple(block._modules.values())
+            if tuple(map(type, layers)) != (nn.LayerNorm, nn.ReLU, nn.Linear) or layers[0].eps != _EPS:
+                return False
+            if layers[0]._parameters["bias"] is None or layers[2]._parameters["bias"] is None:
+                return False
+        return True
+
+    def _call_parts(self, group_size: tuple[int, int]) -> Tensor:
+        like = next((x for x in (*self.parameters(), *self.buffers()) if x.is_floating_point()), torch.empty(0))
+        axes = [torch.arange(1 - size, size, dtype=like.dtype, device=like.device) for size in group_size]
+        offsets = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)  # [2Gh-1, 2Gw-1, 2]
+        with no_autocast(like.device):
+            z = self.pos_proj(offsets)
+            z = self.pos1(z) + (z if self.residual else 0)
+            z = self.pos2(z) + (z if self.residual else 0)
+            table = self.pos3(z).movedim(-1, 0).contiguous()
+        return table.float() if table.dtype in _HALVES else table
+
     def constant(self) -> bool:
-        """Whether the table may be kept: eval mode, no gradient wanted, no graph being captured."""
+        """Whether the table of parts that are read may be kept: eval mode, no gradient wanted, no graph capture."""
         if self.training or torch.compiler.is_compiling():
             return False
         if self.pos_proj.weight.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -91,6 +124,13 @@ class DynamicPositionBias(nn.Module):
         Args, result and errors as of `dynamic_position_bias`.
         """
         backend = asked(backend)
+        if isinstance(group_size, Tensor):
+            raise TypeError(
+                "DynamicPositionBias takes the size of a group in tokens, an int or (height, width), and gives its "
+                f"bias; got a Tensor {shape_of(group_size)}. LongShortDistanceAttention takes maps"
+            )
+        if not self._readable_parts():
+            return self._call_parts(as_pair(group_size, "group_size", 1))
         stored = self._stored() if self.constant() else ()
         stamp = _stamp(stored) if stored else None
         if stamp is None:

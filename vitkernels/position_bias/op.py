@@ -108,7 +108,7 @@ def dynamic_position_bias(
     module_or_weights: nn.Module | Sequence[Tensor],
     group_size: Size,
     *,
-    residual: bool = False,
+    residual: bool | None = None,
     backend: str | None = None,
 ) -> Tensor:  # [heads, 2Gh-1, 2Gw-1]
     """CrossFormer's dynamic position bias: the bias of every offset inside a group, by a small MLP on the offset.
@@ -124,7 +124,8 @@ def dynamic_position_bias(
             ``[heads, p]`` and bias ``[heads]``. float32 or float64; float16 and bfloat16 are converted to float32, and
             autocast leaves that as it is.
         group_size: tokens of a group along (height, width), an int or a pair.
-        residual: whether ``pos1`` and ``pos2`` add their input to their output; a module knows its own.
+        residual: whether ``pos1`` and ``pos2`` add their input to their output. None is False for weights. A module
+            knows its own, and refuses another.
         backend: "triton", "cpu" or "reference"; None chooses by device. A backend that is asked for runs or refuses.
 
     Returns:
@@ -136,6 +137,12 @@ def dynamic_position_bias(
         RuntimeError: the backend cannot run here or cannot run this call.
     """
     if isinstance(module_or_weights, nn.Module):
+        own = getattr(module_or_weights, "residual", None)
+        if residual not in (None, own):
+            raise ValueError(
+                f"residual={residual} was asked of a {type(module_or_weights).__name__} with residual={own}: leave it "
+                f"out, or make the module with DynamicPositionBias(dim, heads, residual={residual})"
+            )
         return module_or_weights(group_size, backend=backend)
     mlp = _check_weights(module_or_weights)
     mlp = tuple(x.to(_checks.accumulation_dtype(x)) for x in mlp)
