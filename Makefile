@@ -21,8 +21,8 @@ endif
 .PHONY: help install test bench demo train gpu kernels performance lint format clean
 
 help:
-	@echo "make test    set up once, run the tests        TEST='-k streaming' passes arguments to pytest"
-	@echo "make bench   set up once, run the benchmark    BENCH='--quick' is a short one, BENCH='--help' lists its options"
+	@echo "make test    set up once, run the tests, a worker per core        TEST='-k streaming' passes arguments to pytest"
+	@echo "make bench   set up once, measure for three minutes       BENCH=--full is everything, BENCH=--help lists the options"
 	@echo "make demo    set up once, draw photo.png: a photograph, its groups, where one token attends"
 	@echo "make train   set up once, train a small CrossFormer on digits TRAIN='--help' lists the options"
 	@echo "make gpu     set up once, everything that needs a GPU       GPU='--part sweep' is a share, GPU='--help' lists them"
@@ -43,7 +43,7 @@ $(STAMP): pyproject.toml setup.py requirements-torch.txt requirements-peers.txt 
 	@mkdir -p $(dir $@) && touch $@
 
 test: install
-	$(RUN) -m pytest $(TEST)
+	$(RUN) -m pytest -n auto --dist worksteal $(TEST)
 
 bench: install
 	$(RUN) benchmarks/run.py $(BENCH)

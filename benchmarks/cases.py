@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import cluster_attention
 import models
 import partition_attention
 import pooled_attention
-from workload import Case
+from workload import Case, select
 
 from vitkernels import Partition
 
@@ -115,4 +117,16 @@ EVERY_KERNEL = (
 QUICK = (
     *("crossformer-s-224-stage1-sda", "crossformer-s-224-stage1-lda"),
     *("boat-swin-t-224-stage3-both", "mvitv2-s-224-stage3-both"),
+)
+
+# what `make bench` measures: a layer of every kind of attention, and a model, on a CPU of few images
+HEADLINE = (
+    *select(
+        CASES,
+        (
+            *("crossformer-s-224-stage1-sda", "crossformer-s-224-stage1-lda", "swin-t-224-stage1-shifted"),
+            *("maxvit-t-224-stage1-grid", "boat-swin-t-224-stage1-both", "mvitv2-s-224-stage1-both"),
+        ),
+    ),
+    *(replace(model, cpu_batch=2) for model in select(MODELS, ("mvitv2-t",))),
 )

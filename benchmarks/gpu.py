@@ -371,7 +371,7 @@ def _sweep(run: Run, until: float, names: list[str], *options: str) -> None:
         at: list[str] = []
 
         def see(line: str, seen=seen, at=at) -> None:
-            if progress := re.match(r"\[\d+/\d+\] (\S+) \S+: \w+$", line):
+            if progress := re.match(r"\[\d+/\d+\] (\S+) \w+$", line):
                 at[:] = [progress[1]]
             if partial.exists() and (changed := partial.stat().st_mtime) not in seen:
                 seen.append(changed)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import functools
+import gc
 import importlib.util
 import itertools
 import json
@@ -308,6 +309,7 @@ def main(argv: list[str] | None = None) -> int:
     except ImportError as error:
         parser.error(f"{error}: the kernels cannot be compiled without Triton")
     if args.json:
+        gc.freeze()  # what was imported lives as long as the process
         names = fnmatch.filter(ahead_of_time.cases(args.chip[0]), args.case)
         print(json.dumps([row._asdict() for row in triton_kernels(args.chip[0], names)]))
         return 0

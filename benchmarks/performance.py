@@ -24,13 +24,13 @@ from pathlib import Path
 import report
 import roofline
 from cases import CASES
+from report import PASSES
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md")
 BLOCK = re.compile(r"(<!-- (results|run|layers|models|accelerated|gpu)\b(.*?)-->\n)(.*?)(<!-- end -->)", re.S)
 STEPS = {"fwd": "inference", "full": "training"}
-PASSES = {"fwd": "forward", "bwd": "backward", "full": "forward + backward"}
 
 
 def provenance(name: str, results: dict) -> str:

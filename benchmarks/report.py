@@ -133,14 +133,15 @@ def _status(row: dict) -> str:
 def text(results: dict) -> str:
     """The whole table, one block per layer."""
     on_a_gpu = any("launches" in row for row in results["rows"])
-    show, explanation = SHOW, EXPLANATION
-    if any("rate" in row for row in results["rows"]):
-        show = {name: how for name, how in SHOW.items() if name not in LAYERS} | MODELS
-        explanation = EXPLANATION_OF_MODELS
-    show = show | (ON_A_GPU if on_a_gpu else {})
-    blocks = [header(results), explanation, *([EXPLANATION_ON_A_GPU] if on_a_gpu else [])]
-    titles = [TITLES.get(name, name) for name in ("mode", "dtype", "contender", *show)]
-    for (case, layer, batch), rows in groups(results["rows"], "case", "layer", "batch").items():
+    cases = groups(results["rows"], "case", "layer", "batch")
+    models = {about for about, rows in cases.items() if any("rate" in row for row in rows)}
+    blocks = [header(results), *([EXPLANATION] if not models or models < cases.keys() else [])]
+    blocks += [EXPLANATION_OF_MODELS] * bool(models) + [EXPLANATION_ON_A_GPU] * on_a_gpu
+    for (case, layer, batch), rows in cases.items():
+        show = SHOW | (ON_A_GPU if on_a_gpu else {})
+        if (case, layer, batch) in models:
+            show = {name: how for name, how in show.items() if name not in LAYERS} | MODELS
+        titles = [TITLES.get(name, name) for name in ("mode", "dtype", "contender", *show)]
         measured = [r for r in rows if r["status"] == "ok"]
         cells = [[r["mode"], r["dtype"], r["contender"], *(number(r.get(k), show[k]) for k in show)] for r in measured]
         others = [f"{r['mode']}  {r['dtype']}  {r['contender']}  {_status(r)}" for r in rows if r["status"] != "ok"]
@@ -191,6 +192,39 @@ def sides(rows: list[dict]) -> tuple[dict, dict, dict]:
     ours = {name for name in found if name.startswith("vitkernels")}
     kinds = found.keys() - ours, ours
     return eager, *(min((found[n] for n in sorted(kind)), key=lambda row: row["ms"], default={}) for kind in kinds)
+
+
+PASSES = {"fwd": "forward", "bwd": "backward", "full": "forward + backward"}
+LINES = 8  # of cases in `closing`, which has ten lines
+
+
+def closing(results: dict) -> str:
+    """Ten lines at most: the best of vitkernels in every pass of a case, and what to run next."""
+    modes = [mode for mode in PASSES if any(row["mode"] == mode for row in results["rows"])]
+    table = [[", ".join(map(PASSES.get, modes)), "vs eager", "vs best other", "", "of floor", "peak memory", "eager's"]]
+    cases = groups(results["rows"], "case", "batch", "dtype")
+    for (case, batch, dtype), rows in list(cases.items())[:LINES]:
+        passes = [sides(found) for found in groups(rows, "mode").values()]
+        columns = [_pass(*found) for found in passes]
+        joined = [
+            " ".join(dict.fromkeys(column)) if i == 2 else ", ".join(column) for i, column in enumerate(zip(*columns))
+        ]
+        wrong = [row for row in rows if row["status"] == "FAILED" and row["contender"].startswith("vitkernels")]
+        cells = [f"{wrong[0]['contender']} {_status(wrong[0])[:60]}", *[""] * 5] if wrong else joined
+        table.append([f"{case}, batch {batch}, {dtype}", *cells])
+    more = f"{len(cases) - LINES} more in the file; " if len(cases) > LINES else ""
+    state = "" if results.get("complete") else "Not finished. "
+    options = "--full for every layer, --models, --case 'swin-*', --help"
+    last = f"{state}Next: {more}python benchmarks/run.py (make bench BENCH=...) with {options}"
+    return "\n".join([*(_align(table, 1) if cases else [NOT_MEASURED]), last])
+
+
+def _pass(eager: dict, best: dict, ours: dict) -> list[str]:
+    """Cells of a pass in `closing`: speed-ups, the best other contender, the share of the floor, and peak memory."""
+    ratio = number(best["ms"] / ours["ms"], SHOW["speedup"]) if best and ours else NO_CONTENDER
+    floor = NO_CONTENDER if "rate" in ours else number(ours.get("floor"), SHOW["floor"])
+    memory = [number(side.get("memory"), SHOW["memory"]) for side in (ours, eager)]
+    return [number(ours.get("speedup"), SHOW["speedup"]), ratio, best.get("contender", ""), floor, *memory]
 
 
 def summary(results: dict) -> str:

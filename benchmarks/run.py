@@ -1,5 +1,8 @@
 """Time attention layers: vitkernels beside plain PyTorch, SDPA, torch.compile and FlexAttention. Or whole models.
 
+Without options: a layer of every kind of attention and a whole model, within three minutes on two cores, and a summary
+of ten lines. --full measures every layer, --models every model, --quick two or three layers briefly; --case chooses.
+
 A contender is timed only after its output and gradients agree with the float64 reference, and its clusters, where it
 makes them, with those of float64. Contenders take turns, call by call, so that their ratios come from one run. Results
 are saved as they come; Ctrl-C prints what there is.
@@ -19,7 +22,7 @@ from pathlib import Path
 import measure
 import report
 import torch
-from cases import CASES, MODELS, QUICK
+from cases import CASES, HEADLINE, MODELS, QUICK
 from report import NO_ATTENTION
 from roofline import Rates, work
 from workload import DTYPES, MODES, OURS, Case, Contender, Workload, select
@@ -149,40 +152,46 @@ class DeviceLost(Exception):
 
 
 @contextmanager
-def progress(total: int) -> Iterator[Callable[[str], None]]:
-    """A function that names the next of ``total`` steps: a bar on a terminal, else one line each, on stderr."""
+def progress(cases: int, steps: int) -> Iterator[Callable[[str, str], None]]:
+    """A function that names the case and the next of all its steps: a bar on a terminal, else a line for every case."""
     try:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     except ImportError:
         Console = None
     if Console is None or not sys.stderr.isatty():
-        done = iter(range(1, total + 1))
-        yield lambda name: print(f"[{next(done)}/{total}] {name}", file=sys.stderr, flush=True)
+        seen: list[str] = []
+
+        def line(case: str, step: str) -> None:
+            if case not in seen:
+                seen.append(case)
+                print(f"[{len(seen)}/{cases}] {case}", file=sys.stderr, flush=True)
+
+        yield line
         return
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task, begun = bar.add_task("", total=total), []
+        task, begun = bar.add_task("", total=steps), []
 
-        def step(name: str) -> None:
-            bar.update(task, description=name, advance=1 if begun else 0)
-            begun.append(name)
+        def advance(case: str, step: str) -> None:
+            bar.update(task, description=f"{case}: {step}", advance=1 if begun else 0)
+            begun.append(case)
 
-        yield step
+        yield advance
 
 
 def run_case(case: Case, dtype: str, args: argparse.Namespace, modes: list[str], step: Callable) -> Iterator[list]:
     """Rows of a case, pass by pass: who took part, and what was measured."""
     device, batch, names = torch.device(args.device), args.batch or case.batch(args.device), contenders(case, args)
     about = {"case": case.name, "layer": case.describe(), "batch": batch, "dtype": dtype}
-    step(f"{case.name} {dtype}: parity")
+    step(f"{case.name} {dtype}", "parity")
     try:
         workload = case.kind.random(case, batch, device, DTYPES[dtype])
         admitted, refused = admit(names, workload, gradients=modes != ["fwd"])
     except Exception as error:  # of the inputs, or of the reference
         admitted, refused = {}, {name: refusal(name, error) for name in names}
     for mode in modes:
-        step(f"{case.name} {dtype}: {mode}")
+        step(f"{case.name} {dtype}", mode)
         calls, unable = prepare(workload, mode, admitted) if admitted else ({}, {})
         try:
             measured = measure_calls(calls, device, args.seconds) if calls else {}
@@ -197,8 +206,9 @@ def run(cases: list[Case], args: argparse.Namespace, results: dict, save: Callab
     """Measure everything asked for; ``results`` fills as it goes."""
     device = torch.device(args.device)
     modes = {case: [mode for mode in args.mode if mode in case.kind.modes] for case in cases}
-    with progress(1 + len(args.dtype) * sum(1 + len(found) for found in modes.values())) as step:
-        step("rates of the machine")
+    steps = 1 + len(args.dtype) * sum(1 + len(found) for found in modes.values())
+    with progress(1 + len(args.dtype) * len(cases), steps) as step:
+        step("the machine", "its rates")
         rates = Rates.measured(device, args.dtype, args.quick)
         results.update(bandwidth=rates.bandwidth, rates={**rates.products, "vector": rates.vector})
         for case, dtype in itertools.product(cases, args.dtype):
@@ -218,7 +228,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="examples:\n"
-        "  python benchmarks/run.py --quick\n"
+        "  python benchmarks/run.py\n"
+        "  python benchmarks/run.py --full --json full.json\n"
         "  python benchmarks/run.py --case 'crossformer-s-224-*' --mode fwd full --json crossformer.json\n"
         "  python benchmarks/run.py --models --case 'maxvit*' 'boat*' --threads 2\n"
         "  python benchmarks/run.py --case '*stage1*' --dtype bfloat16 --backend sdpa cpu --compare old.json",
@@ -238,15 +249,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     backends = f"contenders beside eager, of {', '.join(known)}; those that suit the device"
     what.add_argument("--backend", nargs="+", choices=known, metavar="NAME", help=backends)
     what.add_argument("--batch", type=int, help="images; the default is each case's own")
+    what.add_argument("--full", action="store_true", help="every layer, and the whole table")
     what.add_argument("--quick", action="store_true", help="a layer or two of CrossFormer, BOAT and MViT, briefly")
     what.add_argument("--models", action="store_true", help="whole models instead of layers: images per second")
     what.add_argument("--list", action="store_true", help="print the cases and stop")
     how = parser.add_argument_group("how")
     how.add_argument("--device", choices=("cpu", "cuda"), help="cuda if there is one")
     how.add_argument("--threads", type=int, help="CPU threads; torch's default")
-    how.add_argument("--seconds", type=float, help="time spent on each row (1; 0.5 with --quick)")
+    how.add_argument("--seconds", type=float, help="time spent on each row (1; 0.5 with --quick and without options)")
     how.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, help="contenders that torch.compile makes, slowly; on a GPU"
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="contenders that torch.compile makes, slowly; on a GPU, unless the run is to be short",
     )
     out = parser.add_argument_group("results")
     out.add_argument(
@@ -258,9 +272,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.dtype = args.dtype or ["bfloat16" if args.device == "cuda" else "float32"]
-    args.seconds = args.seconds if args.seconds is not None else (0.5 if args.quick else 1.0)
     args.patterns = args.case or (QUICK if args.quick and not args.models else ["*"])
-    args.compile = args.device == "cuda" if args.compile is None else args.compile
+    args.headline = not (args.full or args.quick or args.models or args.case or args.list)
+    args.seconds = args.seconds if args.seconds is not None else (0.5 if args.quick or args.headline else 1.0)
+    args.compile = args.device == "cuda" and not args.headline if args.compile is None else args.compile
+    for other in ("quick", "case"):
+        if args.full and getattr(args, other):
+            parser.error(f"--full measures every layer and --{other} some of them: leave one out")
     for name, value in (("--batch", args.batch), ("--threads", args.threads)):
         if value is not None and value < 1:
             parser.error(f"{name} must be at least 1, got {value}")
@@ -281,7 +299,7 @@ def no_gpu() -> str | None:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    known = MODELS if args.models else CASES
+    known = HEADLINE if args.headline else MODELS if args.models else CASES
     cases = [case for case in select(known, args.patterns) if set(args.mode) & set(case.kind.modes)]
     if not cases:
         what = f"{' '.join(args.patterns)} and has a pass {' or '.join(args.mode)}"
@@ -308,7 +326,8 @@ def main(argv: list[str] | None = None) -> int:
         status = LOST
     finally:
         torch.set_flush_denormal(False)
-    print(report.markdown(results) if args.markdown else report.text(results))
+    write = report.markdown if args.markdown else report.closing if args.headline else report.text
+    print(write(results))
     if old:
         print("\n" + report.compare(results, old))
     if args.csv and results["rows"]:

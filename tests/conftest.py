@@ -1,15 +1,29 @@
 """What the tests share. Without a CUDA device the Triton kernels run in Triton's interpreter."""
 
 import copy
+import fcntl
+import gc
+import importlib.util
+import inspect
 import io
 import mmap
 import os
 import pathlib
+import shutil
+import subprocess
+import sysconfig
 from collections.abc import Callable, Iterable
-from functools import lru_cache
+from functools import cache, lru_cache
+from types import ModuleType
 
 import pytest
-import torch
+
+CORES = len(os.sched_getaffinity(0))
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))  # processes that share the cores
+if WORKERS > 1:
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, CORES // WORKERS)))  # torch reads it once
+
+import torch  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
@@ -30,7 +44,30 @@ def _interpreter_refusal() -> str | None:
     return None
 
 
+def _hasten_the_interpreter() -> None:
+    """Look up the builtin functions of Triton's language once, not at every call of a device function."""
+    from triton.runtime import interpreter
+
+    if not hasattr(interpreter, "_patch_builtin") or not hasattr(interpreter, "_patch_attr"):
+        return
+    is_builtin = interpreter.tl.core.is_builtin
+
+    @cache
+    def builtins(package: object) -> list[str]:
+        return [name for name, member in inspect.getmembers(package) if is_builtin(member)]
+
+    def patch_builtin(package: object, *how: object) -> None:
+        for name in builtins(package):
+            member = getattr(package, name)
+            if is_builtin(member):  # else it is patched already
+                interpreter._patch_attr(package, name, member, *how)
+
+    interpreter._patch_builtin = patch_builtin
+
+
 TRITON_REFUSAL = _interpreter_refusal()
+if TRITON_REFUSAL is None and not torch.cuda.is_available():
+    _hasten_the_interpreter()
 needs_triton = pytest.mark.skipif(TRITON_REFUSAL is not None, reason=str(TRITON_REFUSAL))
 
 
@@ -68,6 +105,60 @@ def restored(layer: torch.nn.Module) -> torch.nn.Module:
         torch.nn.init.normal_(p)
     other.load_state_dict(torch.load(buffer, weights_only=True))
     return other
+
+
+def pytest_collection_finish() -> None:
+    """What was imported lives as long as the tests: the garbage collector need not look at it again and again."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Workers of ``-n auto``: one per core, and none beside this process where they would compete for a GPU."""
+    return 0 if torch.cuda.is_available() else CORES
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory) -> Callable[[str, Callable[[pathlib.Path], object]], pathlib.Path]:
+    """``once(name, make)``: path of a file that ``make(path)`` writes in the first worker that asks for it."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder  # of all workers
+
+    def path(name: str, make: Callable[[pathlib.Path], object]) -> pathlib.Path:
+        target, partial = folder / name, folder / f"partial-{name}"
+        with open(folder / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not target.exists():
+                make(partial)
+                partial.replace(target)
+        return target
+
+    return path
+
+
+@pytest.fixture(scope="session")
+def built(once) -> Callable[..., ModuleType]:
+    """``built(name, *flags, variant)``: tests/cpp/NAME.cpp, which includes headers of csrc, as a Python module."""
+    pybind11 = pytest.importorskip("pybind11")
+    pytest.importorskip("numpy")
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    root = pathlib.Path(__file__).parents[1]
+    includes = [pybind11.get_include(), sysconfig.get_paths()["include"], str(root / "csrc")]
+    common = "-std=c++17 -O1 -shared -fPIC -fvisibility=hidden".split() + [f"-I{path}" for path in includes]
+
+    def module(name: str, *flags: str, variant: str = "") -> ModuleType:
+        command = [compiler, *common, *flags, str(root / "tests" / "cpp" / f"{name}.cpp"), "-o"]
+        file = f"{name}{variant}{sysconfig.get_config_var('EXT_SUFFIX')}"
+        library = once(file, lambda path: subprocess.run([*command, str(path)], check=True))
+        spec = importlib.util.spec_from_file_location(name, library)
+        loaded = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(loaded)
+        return loaded
+
+    return module
 
 
 @pytest.fixture

@@ -5,12 +5,15 @@ float64.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
+from vitkernels import use_backend
 from vitkernels.tree import Tree
 
 
@@ -46,10 +49,22 @@ def assert_contract(
     exact = outputs_and_gradients(reference, [x.double() for x in rounded], cotangent)
     eager = outputs_and_gradients(reference, rounded, cotangent)
     ours = outputs_and_gradients(function, [x.to(device) for x in rounded], cotangent.to(device))
+    assert_as_exact(ours, eager, exact, dtype, together, vanishing)
+
+
+def assert_as_exact(
+    ours: Sequence[Tensor],  # an output, and gradients of inputs
+    eager: Sequence[Tensor],  # the same of the reference in ``dtype``
+    exact: Sequence[Tensor],  # and in float64
+    dtype: torch.dtype,
+    together: Sequence[int] = (),
+    vanishing: Mapping[int, int] = MappingProxyType({}),
+) -> None:
+    """The contract of `assert_contract` for tensors that are there already."""
     scales = [_largest(exact[vanishing.get(i - 1, i - 1) + 1]) for i in range(len(exact))]
     errors = [_largest(b.double() - c) for b, c in zip(eager, exact)]
     shared = max((errors[i + 1] / scales[i + 1] for i in together), default=0.0)
-    names = ["output", *(f"gradient of input {i}" for i in range(len(inputs)))]
+    names = ["output", *(f"gradient of input {i}" for i in range(len(exact) - 1))]
     for i, (name, a, b, c) in enumerate(zip(names, ours, eager, exact)):
         assert a.dtype == b.dtype and a.shape == b.shape, (
             f"{name}: {a.dtype} {tuple(a.shape)}, expected {b.dtype} {tuple(b.shape)}"
@@ -59,6 +74,31 @@ def assert_contract(
         eager_error = shared * scales[i] if i - 1 in together else errors[i]
         allowed = 2 * eager_error + (64 if dtype == torch.float64 else 2) * torch.finfo(dtype).eps * scales[i]
         assert _largest(a - c) <= allowed, f"{name}: error {_largest(a - c):.3e}, allowed {allowed:.3e}"
+
+
+def assert_layer_contract(layer: nn.Module, dtype: torch.dtype, *inputs: object, autocast: bool = False) -> None:
+    """The contract for a layer's output and the gradients of its input and of all its parameters, cast to ``dtype`` or,
+    with ``autocast``, in its region. ``inputs``: what the layer is called with, the first a tensor; of several outputs
+    the first counts.
+    """
+    names, parameters = zip(*layer.named_parameters())
+
+    def run(x: Tensor, *values: Tensor, backend: str | None = None) -> Tensor:
+        with use_backend(backend), torch.autocast("cpu", dtype, enabled=autocast):  # which leaves float64 as it is
+            out = functional_call(layer, dict(zip(names, values)), (x, *inputs[1:]))
+        return out[0] if isinstance(out, tuple) else out
+
+    kept = torch.float32 if autocast else dtype
+    rounded = [x.detach().to(kept) for x in (inputs[0], *parameters)]
+    reference = partial(run, backend="reference")
+    cotangent = torch.randn(reference(*rounded).shape).to(dtype)
+    assert reference(*rounded).dtype == dtype
+    exact = outputs_and_gradients(reference, [x.double() for x in rounded], cotangent)
+    eager, ours = (outputs_and_gradients(function, rounded, cotangent) for function in (reference, run))
+    # a fault of the layer itself, on every backend
+    error, allowed = _largest(eager[0].double() - exact[0]), 4 * torch.finfo(dtype).eps * _largest(exact[0])
+    assert error <= allowed, f"output of the reference: error {error:.3e}, allowed {allowed:.3e}"
+    assert_as_exact(ours, eager, exact, dtype, together=range(1, len(rounded)))
 
 
 def _largest(x: Tensor) -> float:

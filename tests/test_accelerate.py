@@ -1122,14 +1122,15 @@ def test_other_dtypes(dtype, before):
     model = maxvit("maxvit_tiny_tf_224").eval()
     randomise(model)
     images = torch.randn(1, 3, 96, 96)
-    expected = model(images)
+    expected, shipped = (copy.deepcopy(model).to(t)(images.to(t)).double() for t in (torch.float64, dtype))
     if before:
         accelerate(model)
     model.to(dtype)
     report = accelerate(model)
     assert len(report.replaced) == 4
     out = model(images.to(dtype))
-    assert out.dtype == dtype and relative(out.float(), expected) < (0.05 if dtype.itemsize == 2 else 1e-4)
+    allowed = 2 * relative(shipped, expected) + (64 if dtype == torch.float64 else 4) * torch.finfo(dtype).eps
+    assert out.dtype == dtype and relative(out.double(), expected) <= allowed
 
 
 def test_sizes_that_a_model_refuses_are_refused():
@@ -1226,7 +1227,9 @@ def test_mixed_precision(family, dtype):
         accelerate(model).undo()
         before = model(images)
     assert relative(out.float(), expected) <= 2 * relative(before.float(), expected) + 4 * torch.finfo(dtype).eps
-    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    gradients = [p.grad for p in model.parameters() if p.requires_grad]
+    assert all(g is not None and g.isfinite().all() for g in gradients)
+    assert sum(bool(g.any()) for g in gradients) > 0.9 * len(gradients)  # the others: of a group of one token, say
 
 
 @each_family

@@ -617,7 +617,7 @@ def test_other_libraries_get_what_they_expect(bench, installed, name):
         for bias in (None, table if partition.group == (4, 4) else None):
             refuses = grouping.mask is not None or bias is not None
             if name != "xformers" and refuses:
-                with pytest.raises(NotImplementedError):
+                with pytest.raises(NotImplementedError, match="NATTEN has neither|(NATTEN|flash-attn) takes no bias"):
                     bench.partition_attention.BASELINES[name](grouping)(qkv, bias)
                 continue
             found = bench.partition_attention.BASELINES[name](grouping)(qkv, bias)
@@ -733,6 +733,86 @@ def test_summary_shows_steps_and_the_best_of_both_sides(bench):
     assert "sanitize  memcheck: a  FAILED  2        what" in printed
     words = printed.splitlines()[-1].split()
     assert words == ["c", "fwd", "1", "float32", "4.00", "2.00", "sdpa", "1.00", "4.00x", "2.00x", "50", "%"]
+
+
+def closing_rows(case: str, batch: int = 1, mode: str = "full", **ours) -> list[dict]:
+    about = {"case": case, "batch": batch, "mode": mode}
+    rows = [{"contender": "eager", "ms": 4.0, "memory": 8 << 20}, {"contender": "sdpa", "ms": 2.0}]
+    return [about | row for row in (*rows, {"contender": "vitkernels-cpu"} | ours)]
+
+
+def test_the_closing_summary_says_what_counts(bench):
+    right = {"ms": 1.0, "speedup": 4.0, "floor": 0.5, "memory": 1 << 20}
+    rows = closing_rows("c", mode="fwd", **right | {"speedup": 3.0}) + closing_rows("c", **right)
+    model = {"ms": 1.0, "speedup": 2.0, "rate": 5.0, "memory": 3 << 20}
+    rows += closing_rows("wrong", status="FAILED", reason="output is off") + closing_rows("model", **model)
+    titles, layer, wrong, whole, last = bench.report.closing(results_of(*rows)).splitlines()
+    assert titles.split("  ")[0] == "forward, forward + backward"
+    assert " ".join(layer.split()) == (
+        "c, batch 1, float32 3.00x, 4.00x 2.00x, 2.00x sdpa 50 %, 50 % 1.0 MiB, 1.0 MiB 8.0 MiB, 8.0 MiB"
+    )
+    assert wrong.split("  ")[-1] == "vitkernels-cpu FAILED: output is off"
+    assert whole.split() == "model, batch 1, float32 2.00x 2.00x sdpa - 3.0 MiB 8.0 MiB".split()
+    assert last.startswith("Next: ") and all(option in last for option in ("--full", "--models", "--case", "--help"))
+
+
+def test_the_closing_summary_has_ten_lines_at_most(bench):
+    rows = [row for i in range(30) for row in closing_rows("c", batch=i + 1, ms=1.0)]
+    printed = bench.report.closing(results_of(*rows) | {"complete": False}).splitlines()
+    assert len(printed) == 10 and printed[-1].startswith("Not finished. Next: 22 more in the file")
+    nothing = bench.report.closing(results_of()).splitlines()
+    assert len(nothing) == 2 and nothing[0] == bench.report.NOT_MEASURED
+
+
+def test_a_run_without_options_measures_a_layer_of_every_kind_and_a_model(bench):
+    *layers, model = bench.cases.HEADLINE
+    every = {(case.kind.__module__, case.name.split("-")[0]) for case in layers}
+    assert every == {
+        *(("partition_attention", family) for family in ("crossformer", "swin", "maxvit")),
+        *(("cluster_attention", "boat"), ("pooled_attention", "mvitv2")),
+    }
+    assert {(case.partition.interval != (1, 1), any(case.partition.shift)) for case in layers[:4]} == {
+        *((False, False), (True, False), (False, True))
+    }
+    assert model.kind.whole and model.batch("cpu") <= 2 and len(bench.cases.HEADLINE) < bench.report.LINES
+
+
+def test_a_run_without_options_ends_with_its_summary(tiny, whole, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(tiny.run, "HEADLINE", (*tiny.run.CASES, *tiny.run.MODELS))
+    monkeypatch.setattr(tiny.run.Rates, "measured", classmethod(lambda cls, *args: cls(1e9, {"float32": 1e30}, 1e30)))
+    path = tmp_path / "results.json"
+    options = ["--seconds", "0", "--device", "cpu", "--backend", "eager", "--json", str(path)]
+    assert tiny.run.main(options) == 0
+    printed, progress = capsys.readouterr()
+    lines = printed.splitlines()
+    assert [line.split(",")[0] for line in lines[1:-1]] == ["whole"] and lines[-1].startswith("Next: ")
+    assert progress.splitlines()[:2] == ["[1/2] the machine", "[2/2] whole float32"]
+    assert {row["case"] for row in json.loads(path.read_text())["rows"]} == {"whole"}
+    assert tiny.report.main([str(path)]) == 0
+    assert "images/s" in capsys.readouterr().out
+
+
+def test_layers_and_models_stand_in_one_table(bench):
+    layer, model = closing_rows("layer", ms=1.0, floor=0.5), closing_rows("model", ms=1.0, rate=5.0)
+    printed = bench.report.text(results_of(*layer, *model))
+    assert bench.report.EXPLANATION in printed and bench.report.EXPLANATION_OF_MODELS in printed
+    head, models = printed.split("model: batch")
+    assert "of floor" in head.split("layer: batch")[1] and "images/s" in models and "of floor" not in models
+
+
+@pytest.mark.parametrize("arguments", [["--quick"], ["--case", "swin-*"]])
+def test_options_that_contradict_each_other_are_refused(bench, arguments, capsys):
+    with pytest.raises(SystemExit):
+        bench.run.parse(["--full", *arguments])
+    message = f"--full measures every layer and {arguments[0]} some of them: leave one out"
+    assert message in capsys.readouterr().err
+
+
+def test_what_is_measured_follows_from_the_options(bench):
+    options = {"": True, "--seconds 1 --mode fwd": True, "--full": False, "--quick": False, "--models": False}
+    for arguments, headline in (options | {"--case swin-*": False, "--list": False}).items():
+        assert bench.run.parse(arguments.split()).headline == headline, arguments
+    assert bench.run.parse(["--full"]).patterns == ["*"]
 
 
 def test_documents_have_not_drifted(bench):

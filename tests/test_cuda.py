@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shutil
 import subprocess
-import sysconfig
 from pathlib import Path
 
 import pytest
@@ -17,7 +15,6 @@ from contract import leaf_of, photograph_features
 from vitkernels import _dispatch, _native, balanced_clusters
 from vitkernels.cluster_attention.reference import balanced_clusters as reference
 
-ROOT = Path(__file__).parents[1]
 SIZES = [1, 2, 48, 49, 97, 98, 99, 196, 197, 784, 1000]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 KIB = 1024
@@ -27,22 +24,9 @@ PATHS = {"resident": (227, (True, True)), "cache": (24, (False, True)), "workspa
 
 
 @pytest.fixture(scope="module")
-def on_host(tmp_path_factory):
+def on_host(built):
     """The kernel as a Python module."""
-    pybind11 = pytest.importorskip("pybind11")
-    pytest.importorskip("numpy")
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    library = tmp_path_factory.mktemp("cuda") / f"cuda_bindings{sysconfig.get_config_var('EXT_SUFFIX')}"
-    includes = [pybind11.get_include(), sysconfig.get_paths()["include"], str(ROOT / "csrc")]
-    flags = "-std=c++17 -O1 -fno-strict-aliasing -Wno-unknown-pragmas -shared -fPIC -fvisibility=hidden".split()
-    command = [compiler, *flags, *(f"-I{path}" for path in includes), str(ROOT / "tests/cpp/cuda_bindings.cpp")]
-    subprocess.run([*command, "-o", str(library)], check=True)
-    spec = importlib.util.spec_from_file_location("cuda_bindings", library)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return built("cuda_bindings", "-fno-strict-aliasing", "-Wno-unknown-pragmas")
 
 
 @pytest.fixture

@@ -46,7 +46,7 @@ def script(*arguments: str, **environment: str) -> SimpleNamespace:
 
 
 @pytest.mark.slow
-def test_dry_run(tmp_path):
+def test_dry_run(gpu, tmp_path):
     done = script("--dry-run", "--out", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = tmp_path.glob("dry-run/*.json")
@@ -56,9 +56,8 @@ def test_dry_run(tmp_path):
     assert parts == {"build", "tests", "sanitize", "repeat", "sweep", "models"}
     assert not [step for step in results["steps"] if step["status"] == "FAILED"]
     assert {row["mode"] for row in results["rows"]} == {"fwd", "full"}
-    kernels = importlib.import_module("cases").EVERY_KERNEL if "cases" in sys.modules else None
-    repeated = [step["step"] for step in results["steps"] if step["part"] == "repeat"]
-    assert len(repeated) == len(kernels or repeated) > 10
+    repeated = {step["step"]: step["status"] for step in results["steps"] if step["part"] == "repeat"}
+    assert repeated == dict.fromkeys(importlib.import_module("cases").EVERY_KERNEL, "ok")
     *_, last = done.stdout.strip().splitlines()
     assert last.startswith("crossformer++-s ")  # the table comes last
     again = script("--dry-run", "--out", str(tmp_path), "--part", "build")
@@ -146,7 +145,7 @@ def test_what_takes_too_long_is_cut_short(gpu, run, tmp_path):
     file = tmp_path / "test_slow.py"
     file.write_text("import time\ndef test_a(): pass\ndef test_b(): time.sleep(60)\n")
     begun = time.monotonic()
-    gpu._test_file(run, soon(4), str(file), "not gpu")
+    gpu._test_file(run, soon(8), str(file), "not gpu")
     assert time.monotonic() - begun < 30
     (step,) = run.record.results["steps"]
     assert step["status"] == "ok" and step["reason"].startswith("1 passed") and "cut short" in step["reason"]
@@ -218,7 +217,7 @@ names = names[: names.index("--seconds")] if "--seconds" in names else names
 rows = []
 for i, name in enumerate(names):
     lost = name == "lost"
-    print(f"[{i}/9] {name} float32: fwd", flush=True)
+    print(f"[{i}/9] {name} float32", flush=True)
     if name == "dies":
         os.abort()
     row = {"case": name, "layer": "", "batch": 1, "dtype": "float32", "mode": "fwd", "contender": "vitkernels-x"}
@@ -232,7 +231,7 @@ for i, name in enumerate(names):
     if lost:
         sys.exit(3)
     if name == "dies between passes":
-        print(f"[{i}/9] dies-later float32: full", flush=True)
+        print(f"[{i}/9] dies-later float32", flush=True)
         os.abort()
 """
 

@@ -11,6 +11,7 @@ import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
 from conftest import restored
+from contract import assert_layer_contract
 from golden import assert_golden
 from torch import nn
 from torch.nn.utils import parametrize, prune, spectral_norm, weight_norm
@@ -211,8 +212,11 @@ def test_maxsa_block_and_grid():
 class TestLayer:
     def test_every_parameter_learns(self, layer):
         layer = copy.deepcopy(layer)
-        layer(torch.randn(2, 9, 10, 32)).square().sum().backward()
-        assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
+        x = torch.randn(2, 9, 10, 32, requires_grad=True)
+        layer(x).square().sum().backward()
+        for name, tensor in [("x", x), *layer.named_parameters()]:
+            assert tensor.grad.isfinite().all()
+            assert tensor.grad.abs().max() > 0, name
 
     def test_state_round_trip(self, layer):
         other = restored(layer)
@@ -221,13 +225,8 @@ class TestLayer:
 
     def test_autocast_and_half(self, layer):
         x = torch.randn(1, 8, 8, 32)
-        expected = layer(x)
-        with torch.autocast("cpu", torch.bfloat16):
-            out = layer(x)
-        assert out.dtype == torch.bfloat16
-        torch.testing.assert_close(out.float(), expected, atol=0.05, rtol=0.05)
-        half = copy.deepcopy(layer).bfloat16()(x.bfloat16())
-        torch.testing.assert_close(half.float(), expected, atol=0.05, rtol=0.05)
+        for autocast in (True, False):
+            assert_layer_contract(layer, torch.bfloat16, x, autocast=autocast)
 
     def test_compile(self, layer):
         torch.compiler.reset()

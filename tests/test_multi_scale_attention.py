@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import pickle
 from functools import partial
@@ -11,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import restored
-from contract import assert_contract
+from contract import assert_contract, assert_layer_contract
 from golden import assert_golden
 from torch import nn
 from torch.func import functional_call
@@ -318,13 +317,8 @@ class TestLayer:
     def test_autocast_and_half(self, size, options, backend):
         layer = make(size, options)
         x = tokens(layer, size)
-        expected, _ = layer(x, size)
-        with torch.autocast("cpu", torch.bfloat16):
-            out, _ = layer(x, size)
-        assert out.dtype == torch.bfloat16
-        torch.testing.assert_close(out.float(), expected, atol=0.05, rtol=0.05)
-        half, _ = copy.deepcopy(layer).bfloat16()(x.bfloat16(), size)
-        torch.testing.assert_close(half.float(), expected, atol=0.05, rtol=0.05)
+        for autocast in (True, False):
+            assert_layer_contract(layer, torch.bfloat16, x, size, autocast=autocast)
 
     def test_compile(self, size, options):
         torch.compiler.reset()

@@ -158,7 +158,7 @@ def test_a_failed_write_leaves_the_file_that_was_there(train, tmp_path):
         raise OSError("disk full")
 
     (tmp_path / "last.pt").write_text("whole")
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match="disk full"):
         train.replace(tmp_path / "last.pt", fail)
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("last.pt", "whole")]
 
