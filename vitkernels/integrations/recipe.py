@@ -152,7 +152,7 @@ def random(*shape: int) -> Tensor:
 
 
 def packed(qkv: Tensor, heads: int) -> Tensor:  # [B, H, W, 3C] -> [B, H, W, 3, heads, head_dim]
-    return qkv.unflatten(-1, (3, heads, -1))
+    return qkv.view(*qkv.shape[:-1], 3, heads, -1)
 
 
 def swin_table(table: Tensor, window: Pair) -> Tensor:  # [(2Gh-1)(2Gw-1), heads] -> [heads, 2Gh-1, 2Gw-1]

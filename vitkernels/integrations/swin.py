@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..partition import Partition
+from .._sizes import above, ceil_div, surely
+from ..partition import Partition, crop, pad
 from ..partition_attention import partition_attention
 from ..partition_attention.module import in_windows
 from .recipe import (
@@ -84,20 +85,20 @@ def _timm_attn(block: nn.Module, x: Tensor) -> Tensor | None:  # [B, H, W, C]
         return None
     height, width = x.shape[1:3]
     window, shift = tuple(block.window_size), tuple(block.shift_size)
-    below, right = -height % window[0], -width % window[1]
+    padded = tuple(ceil_div(n, g) * g for n, g in zip((height, width), window))
     partition = Partition.window(window, shift)
-    if not below and not right:
+    if all(surely(n == p) for n, p in zip((height, width), padded)):
         return block.attn(x, partition)
     back = tuple(-n for n in shift)
-    x = F.pad(x.roll(back, (1, 2)), (0, 0, 0, right, 0, below)).roll(shift, (1, 2))  # the operator rolls this back
-    return block.attn(x, partition).roll(back, (1, 2))[:, :height, :width].roll(shift, (1, 2))
+    x = pad(x.roll(back, (1, 2)), *padded).roll(shift, (1, 2))  # the operator rolls this back
+    return crop(block.attn(x, partition).roll(back, (1, 2)), height, width).roll(shift, (1, 2))
 
 
 def _torchvision_attention(attn: nn.Module, x: Tensor) -> Tensor | None:  # [B, H, W, C]
     if drops(attn):
         return None
     window = tuple(attn.window_size)
-    shift = tuple(s if n > g else 0 for s, n, g in zip(attn.shift_size, x.shape[1:3], window))  # one window: no shift
+    shift = tuple(s * above(n, g) for s, n, g in zip(attn.shift_size, x.shape[1:3], window))  # one window: no shift
 
     def on_map(x: Tensor, partition: Partition) -> Tensor:
         values = _torchvision_cosine if hasattr(attn, "logit_scale") else _values
