@@ -280,7 +280,7 @@ def is_shift_mask(mask: object, partition: Partition, height: int, width: int) -
 
 
 def packed(qkv: Tensor, heads: int) -> Tensor:  # [B, H, W, 3C] -> [B, H, W, 3, heads, head_dim]
-    return qkv.unflatten(-1, (3, heads, -1))
+    return qkv.view(*qkv.shape[:-1], 3, heads, -1)
 
 
 def attend(qkv: Tensor, partition: Partition, bias: Tensor | None, scale: float) -> Tensor:

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._layer import bias_from_table
-from ..partition import Partition
+from .._sizes import above, ceil_div, surely
+from ..partition import Partition, crop, pad
 from ..partition_attention import partition_attention
 from ..partition_attention.module import in_windows
 from .recipe import (
@@ -100,15 +101,15 @@ def _timm_attn(block: nn.Module, x: Tensor) -> Tensor | None:  # [B, H, W, C]
     """The shift, then zeros below and to the right."""
     height, width = x.shape[1:3]
     window, shift = tuple(block.window_size), tuple(block.shift_size)
-    below, right = -height % window[0], -width % window[1]
-    if not takes_maps(block.attn) or not _own_mask(block, (height + below, width + right)):
+    padded = _padded((height, width), window)
+    if not takes_maps(block.attn) or not _own_mask(block, padded):
         return None
     partition = Partition.window(window, shift)
-    if not below and not right:
+    if all(surely(n == p) for n, p in zip((height, width), padded)):
         return block.attn(x, partition)
     back = tuple(-n for n in shift)
-    x = F.pad(x.roll(back, (1, 2)), (0, 0, 0, right, 0, below)).roll(shift, (1, 2))  # the operator rolls this back
-    return block.attn(x, partition).roll(back, (1, 2))[:, :height, :width].roll(shift, (1, 2))
+    x = pad(x.roll(back, (1, 2)), *padded).roll(shift, (1, 2))  # the operator rolls this back
+    return crop(block.attn(x, partition).roll(back, (1, 2)), height, width).roll(shift, (1, 2))
 
 
 def _own_mask(block: nn.Module, padded: Pair) -> bool:
@@ -119,8 +120,12 @@ def _own_mask(block: nn.Module, padded: Pair) -> bool:
 
 
 def _padded_resolution(block: nn.Module) -> Pair:
-    size, window = pair_of(block.input_resolution, "input_resolution"), pair_of(block.window_size, "window_size")
-    return tuple(-(-n // g) * g for n, g in zip(size, window))
+    return _padded(pair_of(block.input_resolution, "input_resolution"), pair_of(block.window_size, "window_size"))
+
+
+def _padded(size: Pair, window: Pair) -> Pair:
+    """The smallest map of whole windows that holds one of ``size``."""
+    return tuple(ceil_div(n, g) * g for n, g in zip(size, window))
 
 
 def _torchvision_attention(attn: nn.Module, x: Tensor) -> Tensor | None:  # [B, H, W, C]
@@ -128,7 +133,7 @@ def _torchvision_attention(attn: nn.Module, x: Tensor) -> Tensor | None:  # [B, 
     if drops(attn):
         return None
     window = tuple(attn.window_size)
-    shift = tuple(s if n > g else 0 for s, n, g in zip(attn.shift_size, x.shape[1:3], window))  # one window: no shift
+    shift = tuple(s * above(n, g) for s, n, g in zip(attn.shift_size, x.shape[1:3], window))  # one window: no shift
 
     def on_map(x: Tensor, partition: Partition) -> Tensor:
         values = _torchvision_cosine if hasattr(attn, "logit_scale") else _torchvision_dot_product
