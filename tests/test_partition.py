@@ -94,6 +94,8 @@ def test_partitions_are_values():
         ((True,), TypeError, "group must be an int"),
         (((7, 7, 7),), ValueError, r"group must be one int or \(height, width\)"),
         ((None, None), ValueError, "cannot both be derived"),
+        ((7, 1, 9), ValueError, r"smaller than group \* interval .* \(9, 9\), .* a shift of 2 instead of 9 makes"),
+        (((7, 5), (1, 2), (6, 10)), ValueError, "a shift of 0 instead of 10 makes the same groups"),
     ],
 )
 def test_refusals(arguments, error, message):
@@ -105,4 +107,22 @@ def test_a_shift_needs_a_map_that_divides():
     with pytest.raises(ValueError, match=r"multiple of group \* interval: got a 15 x 14 map.*pad the map first"):
         Partition.window(7, 3).on(15, 14)
     assert Partition.window(7, 3).on(14, 14).shift == (3, 3)
-    assert Partition.window(7, (0, 9)).on(15, 14).shift == (0, 2)
+    assert Partition.window(7, (0, 6)).on(15, 14).shift == (0, 6)
+    with pytest.raises(ValueError, match=r"shift must be smaller than group \* interval"):
+        Partition(7, None, 7).on(7, 7)  # an interval of 1
+
+
+@pytest.mark.parametrize("partition", [Partition.grid(3), Partition.interval_only((2, 3)), Partition.stripes(2)])
+def test_sizes_that_the_map_decides(partition):
+    """Methods take the map's sizes from their arguments; what has no map says so."""
+    x, concrete = torch.randn(2, 7, 10, 4), partition.on(7, 10)
+    assert torch.equal(partition.split(x), concrete.split(x))
+    assert torch.equal(partition.merge(partition.split(x), 7, 10), x)
+    assert torch.equal(partition.index(7, 10), concrete.index(7, 10))
+    assert partition.regions(7, 10) == concrete.regions(7, 10)
+
+
+def test_tokens_of_a_group_that_the_map_decides():
+    assert Partition.grid(3).tokens == 9
+    with pytest.raises(ValueError, match=r"the map decides .* \.on\(height, width\)\.tokens"):
+        Partition.interval_only(2).tokens  # noqa: B018

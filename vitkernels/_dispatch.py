@@ -118,6 +118,23 @@ def first_derivative(backward: Callable) -> Callable:
     return once
 
 
+def recorded(*inputs: object) -> bool:
+    """Whether a call on ``inputs`` is recorded for autograd.
+
+    In a graph that is traced it is recorded only if an input requires a gradient. Otherwise dynamo would call the
+    forward of the autograd.Function itself, with a context that it does not take.
+    """
+    if not torch.is_grad_enabled():
+        return False
+    traced = torch.compiler.is_compiling()
+    return not traced or any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
+
+
+def run(function: type[Function], *inputs: object) -> object:
+    """What ``function`` makes of ``inputs``, recorded for autograd where that is needed."""
+    return function.apply(*inputs) if recorded(*inputs) else function.forward(*inputs)
+
+
 def operator(name: str, backend: str, device: torch.device) -> Callable:
     """The registered operator ``name`` as ``backend`` runs it on ``device``."""
     suffix = "_interpreted" if backend == "triton" and device.type == "cpu" else ""

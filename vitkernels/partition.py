@@ -50,8 +50,8 @@ class Partition:
             ``ceil(H / interval)`` tokens.
         interval: distance in tokens between neighbours of a group; ``None`` spreads one region over the axis:
             ``ceil(H / group)``.
-        shift: cyclic shift in tokens (Swin); the map must then be a multiple of ``group * interval``. Tokens that the
-            shift brings together from opposite borders get -100 added to their logit.
+        shift: cyclic shift in tokens (Swin), smaller than ``group * interval``, of which the map must then be a
+            multiple. Tokens that the shift brings together from opposite borders get -100 added to their logit.
 
     Places of a group that lie outside the map are masked as keys and not computed as queries.
     """
@@ -64,9 +64,15 @@ class Partition:
         object.__setattr__(self, "group", as_pair(self.group, "group", 1, derived=True))
         object.__setattr__(self, "interval", as_pair(self.interval, "interval", 1, derived=True))
         object.__setattr__(self, "shift", as_pair(self.shift, "shift", 0))
-        for group, interval in zip(self.group, self.interval):
+        for group, interval, shift in zip(self.group, self.interval, self.shift):
             if group is None and interval is None:
                 raise ValueError("group and interval cannot both be derived (None) on one axis; give one of them")
+            if group is not None and interval is not None and surely(shift >= group * interval):
+                raise ValueError(
+                    f"shift must be smaller than group * interval on both axes, got shift {self.shift}, group "
+                    f"{self.group} and interval {self.interval}; a shift of {shift % (group * interval)} instead of "
+                    f"{shift} makes the same groups"
+                )
 
     @classmethod
     def window(cls, size: Size, shift: Size = 0) -> Partition:
@@ -108,34 +114,42 @@ class Partition:
                     f"group {self.group}, interval {self.interval}, shift {self.shift}; "
                     "pad the map first (WindowAttention does)"
                 )
-            axes.append((group, interval, shift % (group * interval)))
+            axes.append((group, interval, shift))
         return Partition(*zip(*axes))
-
-    # The methods below want a concrete partition, as `on` returns it.
 
     @property
     def tokens(self) -> int:
         """Tokens of a group, N."""
+        if None in self.group:
+            raise ValueError(f"the map decides how many tokens a group of {self} has: .on(height, width).tokens")
         return self.group[0] * self.group[1]
 
     def within(self, height: int, width: int) -> Partition:
-        """Groups and intervals no larger than the map, where it is known: what they have outside has no weight."""
-        if not known(height, width):
+        """A partition that `on` returned, with groups and intervals no larger than the map, where that is known.
+
+        What they have outside the map has no weight.
+        """
+        if not known(height, width) or height * width == 0:
             return self
-        lengths = max(height, 1), max(width, 1)
-        interval = tuple(min(i, n) for i, n in zip(self.interval, lengths))
-        group = tuple(min(g, ceil_div(n, i)) for g, n, i in zip(self.group, lengths, interval))
+        interval = tuple(min(i, n) for i, n in zip(self.interval, (height, width)))
+        group = tuple(min(g, ceil_div(n, i)) for g, n, i in zip(self.group, (height, width), interval))
         fits = (group, interval) == (self.group, self.interval)
         return self if fits else Partition(group, interval, self.shift)
 
+    def _axes(self, height: int, width: int) -> tuple[tuple[int, int], ...]:
+        """Group, interval and shift along both axes of a map."""
+        concrete = self.on(height, width)
+        return concrete.group, concrete.interval, concrete.shift
+
     def regions(self, height: int, width: int) -> tuple[int, int]:
         """Regions (blocks of group * interval tokens) along each axis, the last one perhaps partly outside the map."""
-        return tuple(ceil_div(n, g * i) for n, g, i in zip((height, width), self.group, self.interval))
+        group, interval, _ = self._axes(height, width)
+        return tuple(ceil_div(n, g * i) for n, g, i in zip((height, width), group, interval))
 
     def split(self, x: Tensor) -> Tensor:
         """``[B, H, W, ...]`` to ``[B, groups, N, ...]``; places outside the map are zero."""
-        (gy, gx), (ay, ax), (sy, sx) = self.group, self.interval, self.shift
         height, width = x.shape[1:3]
+        (gy, gx), (ay, ax), (sy, sx) = self._axes(height, width)
         if not known(height, width):  # the last place is zero
             tokens = F.pad(x.flatten(1, 2), (0, 0) * (x.dim() - 3) + (0, 1))
             return tokens[:, self.index(height, width, x.device)]
@@ -148,7 +162,7 @@ class Partition:
 
     def merge(self, x: Tensor, height: int, width: int) -> Tensor:
         """The inverse of `split`: ``[B, groups, N, ...]`` to ``[B, H, W, ...]``."""
-        (gy, gx), (ay, ax), shift = self.group, self.interval, self.shift
+        (gy, gx), (ay, ax), shift = self._axes(height, width)
         if not known(height, width):
             return x.flatten(1, 2)[:, self.places(height, width, x.device)]
         ry, rx = self.regions(height, width)
@@ -159,7 +173,7 @@ class Partition:
 
     def index(self, height: int, width: int, device=None) -> Tensor:
         """Raster index of every token of every group, ``[groups, N]`` int64; -1 outside the map."""
-        (gy, gx), (ay, ax), (sy, sx) = self.group, self.interval, self.shift
+        (gy, gx), (ay, ax), (sy, sx) = self._axes(height, width)
         ry, rx = self.regions(height, width)
         regions, x = divided(torch.arange(ry * rx * ay * ax, device=device)[:, None], ax)
         regions, y = divided(regions, ay)
@@ -172,7 +186,7 @@ class Partition:
 
     def places(self, height: int, width: int, device=None) -> Tensor:
         """Where `index` has every token of the map, ``[H, W]`` int64: its group times N, and its place in the group."""
-        (gy, gx), (ay, ax), (sy, sx) = self.group, self.interval, self.shift
+        (gy, gx), (ay, ax), (sy, sx) = self._axes(height, width)
         _, rx = self.regions(height, width)
         y = divided(torch.arange(height, device=device)[:, None] + (height - sy), height)[1]
         x = divided(torch.arange(width, device=device) + (width - sx), width)[1]

@@ -166,9 +166,8 @@ def _attend(
     if backend == "reference":
         return _reference(*_unpack(qkv), order, leaf_size, overlap, scale)
     qkv = tuple(x if x.stride(-1) == 1 else x.contiguous() for x in qkv)
-    run = _ClusterAttention.apply if torch.is_grad_enabled() else _ClusterAttention.forward
     try:
-        return run(backend, leaf_size, overlap, scale, inside, order, *qkv)[0]
+        return _dispatch.run(_ClusterAttention, backend, leaf_size, overlap, scale, inside, order, *qkv)[0]
     except RuntimeError as error:
         if _PERMUTATION in str(error):  # C++ raises no ValueError
             raise _no_permutation(order) from None

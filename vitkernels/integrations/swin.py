@@ -162,7 +162,7 @@ def _microsoft_block(block: nn.Module, x: Tensor, *masks: object, **others: obje
     padding = hasattr(block, "H")
     height, width = (block.H, block.W) if padding else block.input_resolution
     window, shift = (block.window_size,) * 2, (block.shift_size,) * 2
-    padded = tuple(-(-n // block.window_size) * block.window_size for n in (height, width))
+    padded = _padded((height, width), (block.window_size,) * 2)
     usual = not others and (len(masks) == 1 if padding else not masks and padded == (height, width))
     if not usual or not takes_maps(block.attn) or x.shape[1] != height * width:
         return None
@@ -270,7 +270,7 @@ def _of_microsoft(block: nn.Module) -> Iterator[tuple]:
         yield (random(1, height * width, block.dim),)
         return
     for block.H, block.W in _sizes((window, window)):
-        padded = tuple(-(-n // window) * window for n in (block.H, block.W))
+        padded = _padded((block.H, block.W), (window, window))
         x = random(1, block.H * block.W, block.dim)
         yield x, shift_mask(Partition.window(window, shift), *padded, x)
 

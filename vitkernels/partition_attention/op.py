@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
@@ -159,8 +158,7 @@ def _run(call: _Call, bias: Tensor | None, mlp: tuple[Tensor, ...] = (), residua
     if bias is not None:
         bias = bias.to(_checks.accumulation_dtype(qkv[0])).contiguous()
     geometry = (*partition.group, *partition.interval, *partition.shift)
-    run = _PartitionAttention.apply if torch.is_grad_enabled() else _PartitionAttention.forward
-    return run(backend, geometry, scale, residual, bias, packed, *qkv, *mlp)[0]
+    return _dispatch.run(_PartitionAttention, backend, geometry, scale, residual, bias, packed, *qkv, *mlp)[0]
 
 
 def partition_attention(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
@@ -226,5 +225,4 @@ def pooled_attention(
         return _reference(q, k, v, tables, indices, q_thw, k_thw, has_cls, residual, scale)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     geometry = (q_thw, k_thw, has_cls, RESIDUALS.index(residual), scale)
-    run = _PooledAttention.apply if torch.is_grad_enabled() else _PooledAttention.forward
-    return run(backend, geometry, q, k, v, *tables, *indices)[0]
+    return _dispatch.run(_PooledAttention, backend, geometry, q, k, v, *tables, *indices)[0]

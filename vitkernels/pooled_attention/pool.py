@@ -247,7 +247,7 @@ def _run(x: Tensor, plans: Sequence[_Plan | None], backend: str | None) -> Seque
         return [out.to(x.dtype) for out in outs]  # autocast has layer_norm return float32
     x = x if x.stride(-1) == 1 else x.contiguous()
     geometries = tuple(plan and plan.geometry for plan in plans)
-    run = _PoolTokens.apply if torch.is_grad_enabled() else _pooled
+    run = _PoolTokens.apply if _dispatch.recorded(x, *parameters) else _pooled
     return run(backend, geometries, x, *parameters)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
@@ -100,8 +99,7 @@ def evaluate(mlp: tuple[Tensor, ...], group_size: Size, residual: bool, backend:
     if backend == "reference":
         with _checks.no_autocast(device):
             return _reference(mlp, group, residual)
-    run = _DynamicPositionBias.apply if torch.is_grad_enabled() else _DynamicPositionBias.forward
-    return run(backend, residual, group, *mlp)
+    return _dispatch.run(_DynamicPositionBias, backend, residual, group, *mlp)
 
 
 def dynamic_position_bias(
