@@ -512,6 +512,21 @@ QKV = torch.randn(2, 14, 14, 3, 3, 32)
             r"got \[3, 49, 49\]; that is a bias for each pair of tokens, expected one for each offset",
         ),
         (
+            lambda: vitkernels.window_attention(Q, Q, Q, 7),
+            TypeError,
+            r"window_attention takes qkv, bias by position .* got 4 .* torch.stack\(\(q, k, v\), -3\); sizes are given",
+        ),
+        (
+            lambda: partition_attention_qkvpacked(Q, Q, Q, Partition(7)),
+            TypeError,
+            "partition_attention_qkvpacked takes qkv, partition, bias by position",
+        ),
+        (
+            lambda: vitkernels.feature_space_attention(*[Q.flatten(1, 2)] * 3),
+            TypeError,
+            "feature_space_attention takes qkv by position",
+        ),
+        (
             lambda: vitkernels.window_attention(QKV, 7),
             TypeError,
             r"bias must be a torch.Tensor \[heads, .*\] or None, got 7; sizes are given by name",

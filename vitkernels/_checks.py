@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import reprlib
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -44,6 +48,26 @@ def check_packed(qkv: object, layout: str) -> None:
             f"qkv must be {layout}, got {shape_of(qkv)} with {qkv.shape[-3]} where 3 is expected; "
             f"view the projection's output as ({layout.strip('[]')})"
         )
+
+
+_Public = TypeVar("_Public", bound=Callable)
+
+
+def takes_packed(function: _Public) -> _Public:
+    """``function(qkv, ...)`` with an error that says what to do with further arguments by position, as q, k and v."""
+    parameters = inspect.signature(function).parameters.values()
+    by_position = [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+
+    @wraps(function)
+    def checked(*args, **kwargs):
+        if len(args) > len(by_position):
+            raise TypeError(
+                f"{function.__name__} takes {', '.join(by_position)} by position and the rest by name, got {len(args)} "
+                "arguments by position. qkv is a single tensor, torch.stack((q, k, v), -3); sizes are given by name"
+            )
+        return function(*args, **kwargs)
+
+    return checked
 
 
 def check_alike(q: Tensor, k: Tensor, v: Tensor) -> None:

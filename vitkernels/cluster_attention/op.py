@@ -224,6 +224,7 @@ def cluster_attention(
     return _attend((q, k, v), order, leaf_size, overlap, scale, backend, check)
 
 
+@_checks.takes_packed
 def feature_space_attention(
     qkv: Tensor,  # [B, N, 3, heads, head_dim]
     *,

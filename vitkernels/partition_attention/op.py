@@ -200,6 +200,7 @@ def partition_attention(
     return _attend((q, k, v), partition, bias, scale, backend)
 
 
+@_checks.takes_packed
 def partition_attention_qkvpacked(
     qkv: Tensor,  # [B, H, W, 3, heads, head_dim]
     partition: Partition,
@@ -260,6 +261,7 @@ def _inline(module: nn.Module, form: str, backend: str, partition: Partition) ->
     return form == "inline"
 
 
+@_checks.takes_packed
 def lsda_attention(
     qkv: Tensor,  # [B, H, W, 3, heads, head_dim]
     position_bias: Tensor | nn.Module | None = None,
@@ -305,6 +307,7 @@ def lsda_attention(
     return _run(call, None, mlp, position_bias.residual)
 
 
+@_checks.takes_packed
 def window_attention(
     qkv: Tensor,  # [B, H, W, 3, heads, head_dim]
     bias: Tensor | None = None,  # [heads, 2Gh-1, 2Gw-1]
@@ -318,6 +321,7 @@ def window_attention(
     return partition_attention_qkvpacked(qkv, Partition.window(window_size, shift), bias, scale=scale, backend=backend)
 
 
+@_checks.takes_packed
 def block_attention(
     qkv: Tensor,  # [B, H, W, 3, heads, head_dim]
     bias: Tensor | None = None,  # [heads, 2Gh-1, 2Gw-1]
@@ -330,6 +334,7 @@ def block_attention(
     return partition_attention_qkvpacked(qkv, Partition.window(block_size), bias, scale=scale, backend=backend)
 
 
+@_checks.takes_packed
 def grid_attention(
     qkv: Tensor,  # [B, H, W, 3, heads, head_dim]
     bias: Tensor | None = None,  # [heads, 2Gh-1, 2Gw-1]
