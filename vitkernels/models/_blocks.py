@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .. import _checks
 from .._dispatch import check_family
 from .._layer import AttentionLayer
+from .._sizes import ceil_div, surely
 from ..pooled_attention import MultiScaleAttention
 
 
@@ -138,8 +139,8 @@ def nhwc(x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, H, W, C]
 
 def pad_to_multiple(x: Tensor, of: int) -> Tensor:  # [B, C, H, W]
     """Zeros below and to the right of a map or an image whose sides do not divide."""
-    below, right = -x.shape[2] % of, -x.shape[3] % of
-    return F.pad(x, (0, right, 0, below)) if below or right else x
+    below, right = (ceil_div(n, of) * of - n for n in x.shape[2:])
+    return x if surely(below == 0) and surely(right == 0) else F.pad(x, (0, right, 0, below))
 
 
 class DropPath(nn.Module):

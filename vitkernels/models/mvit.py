@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .. import _checks
 from .._layer import Conv2d, Conv3d
+from .._sizes import surely
 from ..pooled_attention import MultiScaleAttention, pool_tokens
 from ._blocks import DropPath, Mlp, Model, drop_path_rates, initialise, sizes_per_stage
 
@@ -213,12 +214,12 @@ class MViT(Model):
     def _positions(self, thw: tuple[int, ...]) -> Tensor:  # [1, N, C]
         """Of every token of a map, interpolated where it is not the one that they were made for."""
         space, time = self.pos_embed_spatial, self.pos_embed_temporal
-        if thw[-2:] != self.size[-2:]:
+        if not all(surely(n == own) for n, own in zip(thw[-2:], self.size[-2:])):
             image = space.transpose(1, 2).unflatten(2, self.size[-2:])
             space = F.interpolate(image, thw[-2:], mode="bilinear").flatten(2).transpose(1, 2)
         if time is None:
             return space
-        if thw[0] != self.size[0]:
+        if not surely(thw[0] == self.size[0]):
             time = F.interpolate(time.transpose(1, 2), thw[0], mode="linear").transpose(1, 2)
         return (time.unsqueeze(2) + space.unsqueeze(1)).flatten(1, 2)
 
