@@ -233,6 +233,12 @@ class TestLayer:
         x = torch.randn(1, 9, 10, 32)
         torch.testing.assert_close(torch.compile(layer, fullgraph=True)(x), layer(x))
 
+    def test_compile_frozen(self, layer):
+        """Nothing requires a gradient, and autograd is on."""
+        torch.compiler.reset()
+        layer, x = copy.deepcopy(layer).requires_grad_(False), torch.randn(1, 9, 10, 32)
+        torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="eager")(x), layer(x))
+
     def test_export(self, layer):
         x = torch.randn(1, 9, 10, 32)
         program = torch.export.export(copy.deepcopy(layer).eval(), (x,))

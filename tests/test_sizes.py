@@ -6,6 +6,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from vitkernels import (
+    CrossShapedWindowAttention,
     DynamicPositionBias,
     FeatureSpaceAttention,
     LongShortDistanceAttention,
@@ -67,6 +68,8 @@ LAYERS = {
     "LDA": lambda: LongShortDistanceAttention(16, 2, 7, 2),
     "LDA, derived groups": lambda: LongShortDistanceAttention(16, 2, None, 4),
     "LDA, derived interval": lambda: LongShortDistanceAttention(16, 2, 7, None),
+    "CSWin": lambda: CrossShapedWindowAttention(8, 2, 3),
+    "CSWin, last stage": lambda: CrossShapedWindowAttention(8, 2, last_stage=True),
     "clusters": lambda: FeatureSpaceAttention(8, 2, 16, 4),
     "pooled": lambda: OnMap(rel_pos_spatial=True, residual="all"),
     "position bias": Table,

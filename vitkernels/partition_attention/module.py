@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _checks
@@ -238,10 +239,16 @@ class _Stripes(nn.Module):
         return out + self._position(qkv[:, :, :, 2], self.partition.on(*size))
 
     def _position(self, v: Tensor, stripes: Partition) -> Tensor:  # [B, H, W, heads, head_dim], and so is the result
-        """LePE with every stripe as an image of its own."""
-        windows = stripes.split(v)  # [B, stripes, N, heads, head_dim]
-        out = self.get_v(windows.flatten(0, 1).unflatten(1, stripes.group))
-        return stripes.merge(out.flatten(1, 2).unflatten(0, windows.shape[:2]), *v.shape[1:3])
+        """LePE of every stripe by itself, which are one below the other on a single map, with a row of zeros between.
+
+        They are not the batch of the convolution: PyTorch chooses its algorithm by that, so that a graph that is traced
+        would not hold for all sizes.
+        """
+        (height, width), windows = stripes.group, stripes.split(v)  # [B, stripes, N, heads, head_dim]
+        count, row = windows.shape[1], width * v.shape[3] * v.shape[4]
+        parted = F.pad(windows.flatten(2), (0, row)).view(v.shape[0], count * (height + 1), width, *v.shape[3:])
+        out = self.get_v(parted).unflatten(1, (count, height + 1))[:, :, :-1].contiguous()
+        return stripes.merge(out.flatten(2, 3), *v.shape[1:3])
 
 
 class CrossShapedWindowAttention(AttentionLayer):
