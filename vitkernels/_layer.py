@@ -41,6 +41,19 @@ def readable(*parts: nn.Module) -> bool:
     return True
 
 
+def readable_convolution(
+    conv: nn.Module, kernel: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...], groups: int = 1
+) -> bool:
+    """Whether ``conv`` is `readable` and a convolution of these sizes, without dilation, with zeros around the map."""
+    return (
+        readable(conv)
+        and isinstance(conv, (nn.Conv2d, nn.Conv3d))
+        and (conv.kernel_size, conv.stride, conv.padding, conv.groups) == (kernel, stride, padding, groups)
+        and max(conv.dilation) == 1
+        and conv.padding_mode == "zeros"
+    )
+
+
 def bias_from_table(table: Tensor, group: tuple[int, int]) -> Tensor:  # [(2Gh-1)(2Gw-1), heads]
     """Swin's table as the operators take it, ``[heads, 2Gh-1, 2Gw-1]``."""
     sizes = tuple(2 * g - 1 for g in group)

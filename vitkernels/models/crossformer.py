@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _checks
-from .._layer import Conv2d, readable, same_strides
+from .._layer import Conv2d, readable_convolution, same_strides
 from ..partition_attention import LongShortDistanceAttention
 from ._blocks import (
     Pyramid,
@@ -69,7 +69,8 @@ class CrossScaleEmbedding(nn.Module):
 
     def __init__(self, in_channels: int, dim: int, kernels: Sequence[int]):
         super().__init__()
-        self.kernels, self.projs = tuple(kernels), _scales(in_channels, dim, kernels, STRIDE)
+        self.projs = _scales(in_channels, dim, kernels, STRIDE)
+        self.kernels = tuple(kernels)
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, images: Tensor) -> Tensor:  # [B, channels, H, W] -> [B, H / 4, W / 4, C]
@@ -80,7 +81,8 @@ class CrossScaleEmbedding(nn.Module):
         maps = []
         for kernel, proj in zip(self.kernels, self.projs):
             side = kernel // STRIDE  # squares
-            if kernel % (2 * STRIDE) or not readable(proj):
+            sizes = ((n, n) for n in (kernel, STRIDE, (kernel - STRIDE) // 2))
+            if kernel % (2 * STRIDE) or not readable_convolution(proj, *sizes):
                 maps.append(proj(images))
             else:
                 maps.append(F.conv2d(squares, _squares(same_strides(proj.weight)), proj.bias, padding=side // 2 - 1))

@@ -89,13 +89,13 @@ class DynamicPositionBias(nn.Module):
 
     def _readable_parts(self) -> bool:
         proj, *blocks = (self._modules[name] for name in ("pos_proj", "pos1", "pos2", "pos3"))
-        if not readable(proj, *blocks) or type(proj) is not nn.Linear or proj._parameters["bias"] is None:
+        if not readable(proj, *blocks) or type(proj) is not nn.Linear or proj._parameters.get("bias") is None:
             return False
         for block in blocks:
             layers = tuple(block._modules.values())
             if tuple(map(type, layers)) != (nn.LayerNorm, nn.ReLU, nn.Linear) or layers[0].eps != _EPS:
                 return False
-            if layers[0]._parameters["bias"] is None or layers[2]._parameters["bias"] is None:
+            if layers[0]._parameters.get("bias") is None or layers[2]._parameters.get("bias") is None:
                 return False
         return True
 
