@@ -559,6 +559,17 @@ def test_use_backend_inside_a_compiled_function(ran):
 
 
 @needs_native
+def test_use_backend_above_a_compiled_function(ran):
+    torch.compiler.reset()
+    layer, x = MaxSA(32, 1, "grid", 4), torch.randn(1, 8, 8, 32)
+    compiled = torch.compile(use_backend("reference")(lambda x: layer(x)), fullgraph=True, backend="eager")
+    ran.clear()
+    compiled(x)
+    assert [backend for _, backend in ran] == ["reference"]
+    assert _dispatch.asked(None) is None
+
+
+@needs_native
 def test_a_compiled_layer_follows_use_backend(ran):
     torch.compiler.reset()
     layer, x = MaxSA(32, 1, "grid", 4), torch.randn(1, 8, 8, 32)
