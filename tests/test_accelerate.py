@@ -729,6 +729,18 @@ CHANGED = {
         lambda layer: Adapter(layer, 2),
     ),
     "CrossFormer's position MLP, quantised": (first_detection, (1, 150, 32), "attn.pos.pos_proj", quantised),
+    "CrossFormer's position MLP, another norm": (
+        first_detection,
+        (1, 150, 32),
+        "attn.pos.pos2.0",
+        lambda _: nn.LayerNorm(2, eps=0.5),
+    ),
+    "CrossFormer's position MLP, another layer": (
+        first_detection,
+        (1, 150, 32),
+        "attn.pos.pos1",
+        lambda _: nn.Linear(2, 2),
+    ),
     "CrossFormer's position MLP, hooked": (
         first_classification,
         (1, 294, 32),
