@@ -655,6 +655,26 @@ REFUSED: dict[str, tuple[Callable, type[Exception], str]] = {
     ),
     "hidden channels": (lambda: build("boat_swin", mlp_ratio=0), ValueError, "mlp_ratio must give .* got 0"),
     "a rate in words": (lambda: build("mvit_v2", drop_path="much"), TypeError, "drop_path must be a number, got 'mu"),
+    "hidden channels in words": (
+        lambda: build("mvit_v2", mlp_ratio="4"),
+        TypeError,
+        "mlp_ratio must be a number, got '4'",
+    ),
+    "hidden channels without a number": (
+        lambda: build("crossformer", mlp_ratio=(4, 4, 4, float("nan"))),
+        ValueError,
+        "mlp_ratio must be a finite number, got nan",
+    ),
+    "dropout in words": (
+        lambda: build("mvit_v2", dropout="much"),
+        TypeError,
+        "dropout must be a number, got 'much'",
+    ),
+    "one patch size": (
+        lambda: build("crossformer", patch_size=4),
+        ValueError,
+        r"kernels with stride 4 must be a sequence of .* got 4 \(patch_size or merge_size\)",
+    ),
     "one frame": (lambda: build("mvit_v2 video", frames=1), ValueError, "frames at least 2, .* got 64 and 1"),
     "an image of two pixels": (lambda: build("mvit_v2", image_size=2), ValueError, "image_size must be at least 4"),
     "pretrained": (

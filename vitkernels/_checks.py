@@ -111,6 +111,15 @@ def check_sizes(**values: object) -> None:
             raise ValueError(f"{name} must be at least 1, got {value}")
 
 
+def check_numbers(**values: object) -> None:
+    """Rates and ratios of a model, by name, are finite numbers."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be a number, got {shown(value)}")
+        if not math.isfinite(value):
+            raise ValueError(f"{name} must be a finite number, got {value}")
+
+
 def check_scale(scale: object, head_dim: int) -> float:
     """``scale`` as a float; None is head_dim ** -0.5."""
     if head_dim == 0:

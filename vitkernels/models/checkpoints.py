@@ -357,7 +357,9 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 def _refusal(value: Tensor, own: Tensor) -> str | None:
     """Why an entry is not copied to ``own``, the model's of its name, or None."""
     if not _dense(value):
-        return f"is a {value.layout} tensor" if type(value) is Tensor else f"is a {type(value).__name__}"
+        if type(value) is not Tensor:
+            return f"is a {type(value).__name__}"
+        return f"is a {'nested' if value.is_nested else value.layout} tensor"
     if value.is_meta:
         return "is on the meta device and has no values"
     known, expected = (_checks.DTYPES, "floating-point") if own.is_floating_point() else (_INTEGERS, "integers")

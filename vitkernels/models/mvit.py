@@ -62,7 +62,7 @@ class Block(nn.Module):
         width = attn.dim_out
         self.in_attn, self.stride = width != dim, attn.stride_q
         self.norm1, self.attn = nn.LayerNorm(dim, eps=attn.eps), attn
-        self.norm2, self.mlp = nn.LayerNorm(width, eps=attn.eps), Mlp(width, int(width * mlp_ratio), out)
+        self.norm2, self.mlp = nn.LayerNorm(width, eps=attn.eps), Mlp(width, mlp_ratio, out)
         self.proj = nn.Linear(dim, out) if dim != out else None
         self.drop_path = DropPath(drop_path)
 
@@ -148,6 +148,7 @@ class MViT(Model):
         video = frames is not None
         chosen = {name: value for name, value in (("frames", frames), ("kernel", kernel)) if value is not None}
         _checks.check_sizes(embed_dim=embed_dim, heads=heads, image_size=image_size, kv_stride=kv_stride, **chosen)
+        _checks.check_numbers(dropout=dropout)
         if image_size < self.min_size or (video and frames < 2):
             raise ValueError(
                 f"image_size must be at least {self.min_size} and frames at least 2, the strides of the patches, "
