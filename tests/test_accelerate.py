@@ -588,11 +588,15 @@ def test_a_mask_is_compared_once(monkeypatch):
     assert len(made) == 1
     mask[0, 0, 1] = -7
     assert not fused(lambda: block(x, mask))[1] and len(made) == 2
+    mask.data = shift_mask(*made[0])
+    assert fused(lambda: block(x, mask))[1] and len(made) == 3
     with torch.inference_mode():
-        mask = published.shift_mask(21, 28, 7, 3)
-        assert fused(lambda: block(x, mask))[1] and len(made) == 3
         mask.zero_()
         assert not fused(lambda: block(x, mask))[1] and len(made) == 4
+        mask = published.shift_mask(21, 28, 7, 3)
+        assert fused(lambda: block(x, mask))[1] and len(made) == 5
+        mask.zero_()
+        assert not fused(lambda: block(x, mask))[1] and len(made) == 6
 
 
 @pytest.mark.parametrize("mask", ["usual", "zeros"])

@@ -282,8 +282,9 @@ def accelerate(model: nn.Module, *, verify: bool = False, force: bool = False) -
     Results stay those of the module as it is: a mask that the caller hands in, a part that is wrapped, pruned or hooked
     and an attention module that is replaced act as they did before, and where no kernel does that, the module's own
     method runs. A shifted block of Microsoft's detection code takes the kernel if its mask is that of the shift, which
-    is looked up once for a mask, and so not in a graph of torch.compile or torch.export. Buffers are compared with
-    their formula when this is called: call it again after changing one.
+    is looked up once for a mask, and so not in a graph of torch.compile or torch.export. A change of the mask that
+    autograd does not see, in place through ``mask.data`` or NumPy, is not noticed. Buffers are compared with their
+    formula when this is called: call it again after changing one.
 
     A model may be accelerated before or after it is moved, cast, compiled, or wrapped in DistributedDataParallel or
     FSDP2 (before, where it has to be compared). Twice does no more than once. An accelerated model can be copied and

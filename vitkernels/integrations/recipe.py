@@ -260,7 +260,7 @@ def shift_mask(partition: Partition, height: int, width: int, like: Tensor) -> T
     return kinds[(2 * lower[:, None] + right).flatten()]
 
 
-# mask -> its version, the partition and the map that it was compared for, and whether it is theirs
+# mask -> its memory and version, the partition and the map that it was compared for, and whether it is theirs
 _COMPARED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
@@ -269,7 +269,7 @@ def is_shift_mask(mask: object, partition: Partition, height: int, width: int) -
     if not isinstance(mask, Tensor) or not known(mask) or not mask.is_floating_point() or mask.requires_grad:
         return False
     # changes of inference tensors leave no trace: those are compared at every call
-    key = None if mask.is_inference() else (mask._version, partition, height, width)
+    key = None if mask.is_inference() else (mask.data_ptr(), mask._version, partition, height, width)
     before, same = _COMPARED.get(mask, (None, False))
     if key is None or key != before:
         expected = shift_mask(partition, height, width, mask)
