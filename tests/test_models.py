@@ -591,6 +591,19 @@ def test_drop_path_drops_whole_images_and_keeps_the_mean():
     assert torch.equal(layer.eval()(out), out)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_tools_that_go_by_the_class_of_a_layer_know_the_convolutions():
+    torch.manual_seed(0)
+    model, images = build("maxvit").eval(), torch.randn(1, 3, 32, 32)
+    randomise(model)
+    pairs = [
+        [f"{name}.conv1_1x1", f"{name}.norm1"] for name, module in model.named_modules() if hasattr(module, "conv1_1x1")
+    ]
+    fused = torch.ao.quantization.fuse_modules(model, pairs)
+    assert isinstance(fused.get_submodule(pairs[0][1]), nn.Identity)
+    torch.testing.assert_close(fused(images), model(images))
+
+
 def test_slowfast_without_a_kernel_takes_one_more_than_the_stride():
     """Its table of the 32 x 3 configuration: depth 24, stages from blocks 2, 5 and 21."""
     with torch.device("meta"):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _checks
-from .._layer import Conv2d, Conv3d
+from .._layer import convolved
 from ..pooled_attention import MultiScaleAttention, pool_tokens
 from ._blocks import DropPath, Mlp, Model, drop_path_rates, initialise, sizes_per_stage
 
@@ -41,11 +41,11 @@ class PatchEmbedding(nn.Module):
 
     def __init__(self, in_channels: int, dim: int, video: bool):
         super().__init__()
-        kind, kernel, stride = (Conv3d, (3, 7, 7), (2, 4, 4)) if video else (Conv2d, (7, 7), (4, 4))
+        kind, kernel, stride = (nn.Conv3d, (3, 7, 7), (2, 4, 4)) if video else (nn.Conv2d, (7, 7), (4, 4))
         self.proj = kind(in_channels, dim, kernel, stride, tuple(k // 2 for k in kernel))
 
     def forward(self, images: Tensor) -> tuple[Tensor, tuple[int, ...]]:  # [B, N, C] and the map
-        x = self.proj(images)
+        x = convolved(self.proj, images)
         return x.flatten(2).transpose(1, 2), tuple(x.shape[2:])
 
 

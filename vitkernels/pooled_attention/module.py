@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _checks
-from .._layer import Conv2d, Conv3d, readable, readable_convolution, same_strides
+from .._layer import readable, readable_convolution, same_strides
 from .op import INDICES, RESIDUALS, pooled_attention
 from .pool import MODES, Pool, check_axes, check_thw, pool_qkv
 
@@ -122,7 +122,7 @@ class MultiScaleAttention(nn.Module):
         return ("q", self.kernel_q, self.stride_q), ("k", *keys), ("v", *keys)
 
     def _convolution(self, kernel: tuple[int, ...], stride: tuple[int, ...]) -> nn.Module:
-        kind = Conv2d if len(kernel) == 2 else Conv3d
+        kind = nn.Conv2d if len(kernel) == 2 else nn.Conv3d
         padding = tuple(k // 2 for k in kernel)
         return kind(self.head_dim, self.head_dim, kernel, stride, padding, groups=self.head_dim, bias=False)
 
