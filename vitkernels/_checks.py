@@ -86,7 +86,7 @@ def check_table(bias: object, q: Tensor, group: tuple[int, int]) -> None:
 
 
 def _other_bias(shape: tuple[int, ...], heads: int, sides: tuple[int, int], group: tuple[int, int]) -> str:
-    """What to do with a bias in another layout that is in use."""
+    """Advice on a bias in another layout that is in use, for the end of a message."""
     if shape == (math.prod(sides), heads):
         return f", which is how Swin stores it: bias.t().unflatten(1, {sides})"
     if shape == (heads, math.prod(sides)):

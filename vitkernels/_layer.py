@@ -1,4 +1,4 @@
-"""What attention layers on token maps share: the fused projection, the output projection, LePE; when a part is read."""
+"""Parts that attention layers share: projections, LePE, and the rule for when a kernel reads a part's parameters."""
 
 from __future__ import annotations
 

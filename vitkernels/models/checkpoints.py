@@ -41,7 +41,7 @@ class Layout:
     marks: tuple[str, ...]  # patterns that each match a name in such a file
     rules: tuple[Rule, ...] = ()
     extra: str = r"(?!)"  # buffers that the models here do not have
-    prepare: Callable[[State], State] = lambda state: state  # what the rules cannot do: it takes all names to know one
+    prepare: Callable[[State], State] = lambda state: state  # renames that need all names; the rules see one at a time
     convert: Callable[[str, Tensor], Tensor] = lambda name, value: value  # by the name here
     style: str | None = None  # of MaxViT
     index: str | None = None  # of MViT: how its author rounds relative distances; None leaves the model's own
@@ -331,7 +331,7 @@ def load_checkpoint(model: Model, path: str | PathLike, *, drop_head: bool = Fal
 
 
 def _check_model(own: dict[str, object]) -> None:
-    """The model's tensors can be written to, all of them."""
+    """Raise unless all tensors of the model can be written to."""
     faults = {
         "are not dense tensors: load the weights before the model is quantised or sharded": lambda x: not _dense(x),
         "are on the meta device; model.to_empty(device=...) gives it memory": lambda x: x.is_meta,

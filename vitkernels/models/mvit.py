@@ -205,14 +205,14 @@ class MViT(Model):
             block.attn.index = index
 
     def _axes(self, stride: int) -> tuple[int, ...]:
-        """Of a stride in space: time is never pooled."""
+        """Stride along each axis of the map for a stride in space; time is never pooled."""
         return (1,) * (len(self.size) - 2) + (stride, stride)
 
     def _kernel(self, kernel: int | None, stride: int) -> tuple[int, ...]:
         return _overlapping(self._axes(stride)) if kernel is None else (kernel,) * len(self.size)
 
     def _positions(self, thw: tuple[int, ...]) -> Tensor:  # [1, N, C]
-        """Of every token of a map, interpolated where it is not the one that they were made for."""
+        """Position embeddings of all tokens of a map, interpolated where it is not the one that they were made for."""
         space, time = self.pos_embed_spatial, self.pos_embed_temporal
         if thw[-2:] != self.size[-2:]:
             image = space.transpose(1, 2).unflatten(2, self.size[-2:])

@@ -26,7 +26,7 @@ class _Table(NamedTuple):
 
 
 def _stamp(tensors: tuple[Tensor, ...]) -> tuple | None:
-    """Changes with every change that autograd or the allocator sees; None for tensors that tell of none."""
+    """Mark that changes with every change of ``tensors`` that autograd or the allocator sees; None if there is none."""
     try:
         return tuple((x.data_ptr(), x._version, x.dtype, x.device) for x in tensors)
     except RuntimeError:
