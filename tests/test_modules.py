@@ -27,6 +27,7 @@ from vitkernels import (
     pooled_attention,
     window_attention,
 )
+from vitkernels._layer import LocalPosition
 from vitkernels.models import create_model
 from vitkernels.models.crossformer import Block, CrossScaleEmbedding
 
@@ -603,6 +604,12 @@ def test_changed_parts_compile():
     tokens = tokens.float()
     compiled = torch.compile(pooling, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(tokens, thw), pooling(tokens, thw))
+
+
+def test_convolutions_are_traced_with_weights_that_learn(tmp_path):
+    layer, v = LocalPosition(16), torch.randn(1, 5, 6, 2, 8)
+    torch.jit.save(torch.jit.trace(layer, v), tmp_path / "layer.pt")
+    torch.testing.assert_close(torch.jit.load(tmp_path / "layer.pt")(v), layer(v))
 
 
 def test_layers_share_one_compiled_graph():

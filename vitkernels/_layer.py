@@ -87,7 +87,7 @@ class _SameStrides(Function):
 
 def same_strides(weight: Tensor) -> Tensor:
     """``weight``, with a gradient of its strides whatever the layout of the map that it is applied to."""
-    learns = torch.is_grad_enabled() and weight.requires_grad
+    learns = torch.is_grad_enabled() and weight.requires_grad and not torch.jit.is_tracing()
     return _SameStrides.apply(weight) if learns and 1 in weight.shape else weight
 
 
