@@ -588,11 +588,15 @@ def test_a_mask_is_compared_once(monkeypatch):
     assert len(made) == 1
     mask[0, 0, 1] = -7
     assert not fused(lambda: block(x, mask))[1] and len(made) == 2
+    mask.data = shift_mask(*made[0])
+    assert fused(lambda: block(x, mask))[1] and len(made) == 3
     with torch.inference_mode():
-        mask = published.shift_mask(21, 28, 7, 3)
-        assert fused(lambda: block(x, mask))[1] and len(made) == 3
         mask.zero_()
         assert not fused(lambda: block(x, mask))[1] and len(made) == 4
+        mask = published.shift_mask(21, 28, 7, 3)
+        assert fused(lambda: block(x, mask))[1] and len(made) == 5
+        mask.zero_()
+        assert not fused(lambda: block(x, mask))[1] and len(made) == 6
 
 
 @pytest.mark.parametrize("mask", ["usual", "zeros"])
@@ -729,6 +733,18 @@ CHANGED = {
         lambda layer: Adapter(layer, 2),
     ),
     "CrossFormer's position MLP, quantised": (first_detection, (1, 150, 32), "attn.pos.pos_proj", quantised),
+    "CrossFormer's position MLP, another norm": (
+        first_detection,
+        (1, 150, 32),
+        "attn.pos.pos2.0",
+        lambda _: nn.LayerNorm(2, eps=0.5),
+    ),
+    "CrossFormer's position MLP, another layer": (
+        first_detection,
+        (1, 150, 32),
+        "attn.pos.pos1",
+        lambda _: nn.Linear(2, 2),
+    ),
     "CrossFormer's position MLP, hooked": (
         first_classification,
         (1, 294, 32),

@@ -342,6 +342,7 @@ REFUSED: dict[str, tuple[str, Callable, str]] = {
         f"an entry that is {name}": ("a.pth", last_as(change), rf"1 of another kind: {LAST} {message}.*must hold each")
         for name, change, message in (
             ("sparse", lambda x: x.to_sparse(), "is a torch.sparse_coo tensor"),
+            ("nested", lambda x: torch.nested.nested_tensor([x, x]), "is a nested tensor"),
             ("sparse rows", lambda x: x.to_sparse_csr(), "is a torch.sparse_csr tensor"),
             ("meta", lambda x: x.to("meta"), "is on the meta device and has no values"),
             ("quantised", lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), "is torch.qint8, expected fl"),

@@ -50,7 +50,7 @@ ALLOWED = {
     # integrations call operators from modules of others, whose parts they read by the rule that layers have
     "recipe": _OPERATORS | {"_layer"},
     "swin": _OPERATORS | {"_layer", "partition_attention.module", "recipe"},
-    "integrations.crossformer": _OPERATORS | {"_layer", "recipe"},
+    "integrations.crossformer": _OPERATORS | {"_layer", "position_bias.module", "recipe"},
     "integrations.maxvit": _OPERATORS | {"_layer", "recipe"},
     "integrations.mvit": _OPERATORS | {"_layer", "recipe"},
     "accelerate": {"_checks", "_dispatch", "crossformer", "maxvit", "mvit", "recipe", "swin"},

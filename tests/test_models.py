@@ -562,6 +562,17 @@ def test_use_backend_inside_a_compiled_function(ran):
 
 
 @needs_native
+def test_use_backend_above_a_compiled_function(ran):
+    torch.compiler.reset()
+    layer, x = MaxSA(32, 1, "grid", 4), torch.randn(1, 8, 8, 32)
+    compiled = torch.compile(use_backend("reference")(lambda x: layer(x)), fullgraph=True, backend="eager")
+    ran.clear()
+    compiled(x)
+    assert [backend for _, backend in ran] == ["reference"]
+    assert _dispatch.asked(None) is None
+
+
+@needs_native
 def test_a_compiled_layer_follows_use_backend(ran):
     torch.compiler.reset()
     layer, x = MaxSA(32, 1, "grid", 4), torch.randn(1, 8, 8, 32)
@@ -581,6 +592,19 @@ def test_drop_path_drops_whole_images_and_keeps_the_mean():
     assert (out == out[:, :1, :1]).all()
     assert out.mean().item() == pytest.approx(1, abs=0.05)
     assert torch.equal(layer.eval()(out), out)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_tools_that_go_by_the_class_of_a_layer_know_the_convolutions():
+    torch.manual_seed(0)
+    model, images = build("maxvit").eval(), torch.randn(1, 3, 32, 32)
+    randomise(model)
+    pairs = [
+        [f"{name}.conv1_1x1", f"{name}.norm1"] for name, module in model.named_modules() if hasattr(module, "conv1_1x1")
+    ]
+    fused = torch.ao.quantization.fuse_modules(model, pairs)
+    assert isinstance(fused.get_submodule(pairs[0][1]), nn.Identity)
+    torch.testing.assert_close(fused(images), model(images))
 
 
 def test_slowfast_without_a_kernel_takes_one_more_than_the_stride():
@@ -647,6 +671,26 @@ REFUSED: dict[str, tuple[Callable, type[Exception], str]] = {
     ),
     "hidden channels": (lambda: build("boat_swin", mlp_ratio=0), ValueError, "mlp_ratio must give .* got 0"),
     "a rate in words": (lambda: build("mvit_v2", drop_path="much"), TypeError, "drop_path must be a number, got 'mu"),
+    "hidden channels in words": (
+        lambda: build("mvit_v2", mlp_ratio="4"),
+        TypeError,
+        "mlp_ratio must be a number, got '4'",
+    ),
+    "hidden channels without a number": (
+        lambda: build("crossformer", mlp_ratio=(4, 4, 4, float("nan"))),
+        ValueError,
+        "mlp_ratio must be a finite number, got nan",
+    ),
+    "dropout in words": (
+        lambda: build("mvit_v2", dropout="much"),
+        TypeError,
+        "dropout must be a number, got 'much'",
+    ),
+    "one patch size": (
+        lambda: build("crossformer", patch_size=4),
+        ValueError,
+        r"kernels with stride 4 must be a sequence of .* got 4 \(patch_size or merge_size\)",
+    ),
     "one frame": (lambda: build("mvit_v2 video", frames=1), ValueError, "frames at least 2, .* got 64 and 1"),
     "an image of two pixels": (lambda: build("mvit_v2", image_size=2), ValueError, "image_size must be at least 4"),
     "pretrained": (

@@ -28,6 +28,7 @@ from vitkernels import (
     pooled_attention,
     window_attention,
 )
+from vitkernels._layer import LocalPosition
 from vitkernels.models import create_model
 from vitkernels.models.crossformer import Block, CrossScaleEmbedding
 
@@ -498,6 +499,24 @@ def test_a_quantised_layer_is_its_parts_called():
         torch.testing.assert_close(layer(x), called_lsda(layer, x))
 
 
+def pool(padding: int | tuple = 1, stride: tuple = (1, 2, 2), groups: int = 8, **options) -> nn.Module:
+    return nn.Conv3d(8, 8, 3, stride, padding, groups=groups, bias=False, **options)
+
+
+# by what is other: the part of the layer in READ, and what it becomes
+OTHER_POOLS = {
+    "dilation": ("pool_k", lambda: pool(padding=2, dilation=2)),
+    "padding": ("pool_q", lambda: pool(padding=(1, 0, 0), stride=(1, 1, 1))),
+    "stride": ("pool_q", lambda: pool(stride=(2, 1, 1))),
+    "values around the map": ("pool_k", lambda: pool(padding_mode="replicate")),
+    "channels together": ("pool_v", lambda: pool(groups=1)),
+    "two layers": ("pool_k", lambda: nn.Sequential(pool(), nn.ReLU())),
+    "norm without a bias": ("norm_k", lambda: nn.LayerNorm(8, 1e-6, bias=False)),
+    "norm without weights": ("norm_q", lambda: nn.LayerNorm(8, 1e-6, elementwise_affine=False)),
+    "no norm": ("norm_v", nn.Identity),
+}
+
+
 def test_parts_of_another_make_are_called():
     """They have other forms, and kernels that read them would take them for the usual ones."""
     torch.manual_seed(0)
@@ -512,6 +531,36 @@ def test_parts_of_another_make_are_called():
         changed = copy.deepcopy(layer)
         changed.set_submodule(part, other)
         torch.testing.assert_close(changed(x), called_lsda(changed, x))
+
+
+def test_a_bias_that_is_no_parameter():
+    """A network that makes the weights of another sets them as plain tensors."""
+    torch.manual_seed(0)
+    layer, x = LongShortDistanceAttention(32, 2, (4, 3), 2), torch.randn(2, 8, 9, 32)
+    for part in (layer.pos.pos_proj, layer.pos.pos1[0], layer.pos.pos2[2]):
+        bias = 2 * part.bias.detach() + 1
+        del part.bias
+        part.bias = bias
+    torch.testing.assert_close(layer(x), called_lsda(layer, x))
+
+
+@pytest.mark.parametrize("part", OTHER_POOLS)
+def test_pools_of_another_make_are_called(part):
+    make, called, inputs, _ = READ["pooling"]
+    torch.manual_seed(0)
+    layer = make().double()
+    name, other = OTHER_POOLS[part]
+    layer.set_submodule(name, other().double())
+    out, thw = layer(*inputs)
+    torch.testing.assert_close(out, called(layer, inputs[0]))
+
+
+def test_a_convolution_of_another_make_is_called():
+    torch.manual_seed(0)
+    layer, images = CrossScaleEmbedding(3, 16, (4, 8, 16)), torch.randn(2, 3, 16, 24)
+    layer.projs[1] = nn.Sequential(nn.Conv2d(3, 4, 4, 4), nn.ReLU())
+    layer.projs[2] = nn.Conv2d(3, 4, 6, 4, 1)
+    torch.testing.assert_close(layer(images), called_embedding(layer, images))
 
 
 def test_an_inline_form_refuses_parts_that_must_be_called(device):
@@ -566,6 +615,12 @@ def test_changed_parts_compile():
     tokens = tokens.float()
     compiled = torch.compile(pooling, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(tokens, thw), pooling(tokens, thw))
+
+
+def test_convolutions_are_traced_with_weights_that_learn(tmp_path):
+    layer, v = LocalPosition(16), torch.randn(1, 5, 6, 2, 8)
+    torch.jit.save(torch.jit.trace(layer, v), tmp_path / "layer.pt")
+    torch.testing.assert_close(torch.jit.load(tmp_path / "layer.pt")(v), layer(v))
 
 
 def test_layers_share_one_compiled_graph():

@@ -112,7 +112,7 @@ def check_table(bias: object, q: Tensor, group: tuple[int, int]) -> None:
 
 
 def _other_bias(shape: tuple[int, ...], heads: int, sides: tuple[int, int], group: tuple[int, int]) -> str:
-    """What to do with a bias in another layout that is in use."""
+    """Advice on a bias in another layout that is in use, for the end of a message."""
     if shape == (math.prod(sides), heads):
         return f", which is how Swin stores it: bias.t().unflatten(1, {sides})"
     if shape == (heads, math.prod(sides)):
@@ -135,6 +135,15 @@ def check_sizes(**values: object) -> None:
     for name, value in values.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def check_numbers(**values: object) -> None:
+    """Rates and ratios of a model, by name, are finite numbers."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be a number, got {shown(value)}")
+        if not math.isfinite(value):
+            raise ValueError(f"{name} must be a finite number, got {value}")
 
 
 def check_scale(scale: object, head_dim: int) -> float:

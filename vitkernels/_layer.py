@@ -1,4 +1,4 @@
-"""What attention layers on token maps share: the fused projection, the output projection, LePE; when a part is read."""
+"""Parts that attention layers share: projections, LePE, and the rule for when a kernel reads a part's parameters."""
 
 from __future__ import annotations
 
@@ -41,6 +41,19 @@ def readable(*parts: nn.Module) -> bool:
     return True
 
 
+def readable_convolution(
+    conv: nn.Module, kernel: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...], groups: int = 1
+) -> bool:
+    """Whether ``conv`` is `readable` and a convolution of these sizes, without dilation, with zeros around the map."""
+    return (
+        readable(conv)
+        and isinstance(conv, (nn.Conv2d, nn.Conv3d))
+        and (conv.kernel_size, conv.stride, conv.padding, conv.groups) == (kernel, stride, padding, groups)
+        and max(conv.dilation) == 1
+        and conv.padding_mode == "zeros"
+    )
+
+
 def bias_from_table(table: Tensor, group: tuple[int, int]) -> Tensor:  # [(2Gh-1)(2Gw-1), heads]
     """Swin's table as the operators take it, ``[heads, 2Gh-1, 2Gw-1]``."""
     sizes = tuple(2 * g - 1 for g in group)
@@ -74,25 +87,18 @@ class _SameStrides(Function):
 
 def same_strides(weight: Tensor) -> Tensor:
     """``weight``, with a gradient of its strides whatever the layout of the map that it is applied to."""
-    learns = torch.is_grad_enabled() and weight.requires_grad
+    learns = torch.is_grad_enabled() and weight.requires_grad and not torch.jit.is_tracing()
     return _SameStrides.apply(weight) if learns and 1 in weight.shape else weight
 
 
-class Conv2d(nn.Conv2d):
-    """PyTorch's convolution, with a gradient that has the strides of the weight whatever the layout of the map."""
+def convolved(conv: nn.Module, x: Tensor) -> Tensor:
+    """``conv(x)``, where `readable` with a gradient of the weight that has its strides whatever the layout of ``x``.
 
-    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return super()._conv_forward(x, same_strides(weight), bias)
-
-
-class Conv3d(nn.Conv3d):
-    """`Conv2d` for videos."""
-
-    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return super()._conv_forward(x, same_strides(weight), bias)
-
-
-_READABLE |= {Conv2d, Conv3d}
+    The layers stay of PyTorch's own class, by which its tools for quantisation and fusion know them.
+    """
+    if not readable(conv) or not isinstance(conv, (nn.Conv2d, nn.Conv3d)):
+        return conv(x)
+    return conv._conv_forward(x, same_strides(conv.weight), conv.bias)
 
 
 class AttentionLayer(nn.Module):
@@ -133,12 +139,12 @@ class AttentionLayer(nn.Module):
         return f"dim={self.dim}, heads={self.heads}"
 
 
-class LocalPosition(Conv2d):
+class LocalPosition(nn.Conv2d):
     """CSWin's locally-enhanced positional encoding (LePE): a depthwise 3 x 3 convolution of v, zeros around the map."""
 
     def __init__(self, dim: int):
         super().__init__(dim, dim, 3, padding=1, groups=dim)
 
     def forward(self, v: Tensor) -> Tensor:  # [B, H, W, heads, head_dim], and so is the result
-        out = super().forward(v.flatten(3).permute(0, 3, 1, 2))
+        out = self._conv_forward(v.flatten(3).permute(0, 3, 1, 2), same_strides(self.weight), self.bias)
         return out.permute(0, 2, 3, 1).unflatten(3, v.shape[3:])

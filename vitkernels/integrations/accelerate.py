@@ -140,19 +140,19 @@ def _give_back(module: nn.Module, recipe: Recipe) -> None:
 
 
 def _class(module: nn.Module) -> type:
-    """That which its author gave it: FSDP2 derives one of its own."""
+    """The module's class as its author wrote it; FSDP2 substitutes a subclass."""
     kind = type(module)
     return kind.__mro__[getattr(kind, "_orig_cls_mro_index", 0)]
 
 
 def _altered(module: nn.Module, base: type) -> bool:
-    """Whether it, or a part of it, is of a class that neither its library nor PyTorch has."""
+    """Whether the class of ``module``, or of a part of it, is neither its library's nor PyTorch's."""
     known = {base.__module__.partition(".")[0], "torch"}
     return any(_class(part).__module__.partition(".")[0] not in known for part in module.modules())
 
 
 def _recipe(kind: type) -> tuple[Recipe, type] | tuple[None, None]:
-    """That of a class or of the nearest one it derives from, and that one."""
+    """The recipe for ``kind`` or its nearest base class that has one, and that base class."""
     for base in kind.__mro__:
         for recipe in RECIPES:
             if recipe.fits(base) and (recipe.by_name or base.__module__.partition(".")[0] not in _LIBRARIES):
@@ -196,7 +196,7 @@ def _device(module: nn.Module) -> torch.device:
 
 
 def _expect_kernels(module: nn.Module) -> None:
-    """What would run are kernels: with them every module that was measured gained, or lost nothing beyond noise."""
+    """Raise `Unsuitable` unless kernels would run; with them every measured module gained, or lost only noise."""
     device = _device(module)
     backend = {"cuda": "triton", "cpu": "cpu", "meta": "reference"}.get(device.type)
     absent = _dispatch.absent(backend) if backend else "vitkernels has none"
@@ -204,7 +204,7 @@ def _expect_kernels(module: nn.Module) -> None:
 
 
 def _twin(module: nn.Module) -> nn.Module:
-    """A copy in float32 and in eval mode with random parameters: of fresh ones some are zero."""
+    """A copy in float32 and in eval mode with random parameters, as some fresh ones are zero."""
     twin = copy.deepcopy(module).float().eval()
     with torch.no_grad():
         for name, p in twin.named_parameters():
@@ -217,7 +217,7 @@ def _twin(module: nn.Module) -> nn.Module:
 
 @contextmanager
 def _precisely(device: torch.device) -> Iterator[None]:
-    """Random numbers of its own, gradients, and products of float32 that are float32."""
+    """A block with random numbers of its own, with gradients, and with float32 products that are float32."""
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     devices = [device] if device.type == "cuda" else []
@@ -230,7 +230,7 @@ def _precisely(device: torch.device) -> Iterator[None]:
 
 
 def _compare(module: nn.Module, recipe: Recipe) -> None:
-    """What would run computes what runs, on random parameters and inputs: the output and all gradients."""
+    """Raise `Unsuitable` unless both ways give one output and the same gradients on random parameters and inputs."""
     device = _device(module)
     expect(device.type != "meta", "both ways cannot be compared on the meta device; give the model memory first")
     with _precisely(device):
@@ -247,7 +247,7 @@ def _compare(module: nn.Module, recipe: Recipe) -> None:
 
 
 def _results(module: nn.Module, args: tuple, device: torch.device) -> tuple[object, dict[str, Tensor]]:
-    """What a module returns: its form, and the output and all gradients by name."""
+    """The form of what a module returns, and the output and all gradients by name."""
     x, *others = (arg.to(device, copy=True) if isinstance(arg, Tensor) else arg for arg in args)
     returned = module(x.requires_grad_(), *others)
     out, *sizes = returned if isinstance(returned, tuple) else (returned,)
@@ -282,8 +282,9 @@ def accelerate(model: nn.Module, *, verify: bool = False, force: bool = False) -
     Results stay those of the module as it is: a mask that the caller hands in, a part that is wrapped, pruned or hooked
     and an attention module that is replaced act as they did before, and where no kernel does that, the module's own
     method runs. A shifted block of Microsoft's detection code takes the kernel if its mask is that of the shift, which
-    is looked up once for a mask, and so not in a graph of torch.compile or torch.export. Buffers are compared with
-    their formula when this is called: call it again after changing one.
+    is looked up once for a mask, and so not in a graph of torch.compile or torch.export. A change of the mask that
+    autograd does not see, in place through ``mask.data`` or NumPy, is not noticed. Buffers are compared with their
+    formula when this is called: call it again after changing one.
 
     A model may be accelerated before or after it is moved, cast, compiled, or wrapped in DistributedDataParallel or
     FSDP2 (before, where it has to be compared). Twice does no more than once. An accelerated model can be copied and

@@ -13,9 +13,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from .._layer import bias_from_table, readable
+from .._layer import bias_from_table
 from ..partition import Partition
 from ..position_bias import dynamic_position_bias
+from ..position_bias.module import parameters_of, readable_mlp
 from .recipe import (
     Pair,
     Recipe,
@@ -47,8 +48,8 @@ def _attention(attn: nn.Module, x: Tensor, partition: Partition) -> Tensor:  # [
 
 def _bias(pos: nn.Module, group: Pair, x: Tensor) -> Tensor:  # [heads, 2Gh-1, 2Gw-1]
     """Table from the weights of the position MLP, or from a call of the MLP where its weights may not be read."""
-    if silent(pos) and readable(pos.pos_proj, pos.pos1, pos.pos2, pos.pos3):
-        return dynamic_position_bias(_weights(pos), group, residual=pos.residual)
+    if silent(pos) and readable_mlp(pos):
+        return dynamic_position_bias(parameters_of(pos), group, residual=pos.residual)
     return bias_from_table(pos(_offsets(group, x)), group)
 
 
@@ -56,11 +57,6 @@ def _offsets(group: Pair, like: Tensor) -> Tensor:  # [(2Gh-1)(2Gw-1), 2]
     """Query minus key, in tokens, in the order of the table."""
     axes = [torch.arange(1 - n, n, device=like.device, dtype=like.dtype) for n in group]
     return torch.cartesian_prod(*axes)
-
-
-def _weights(pos: nn.Module) -> list[Tensor]:
-    layers = [pos.pos_proj, *(layer for block in (pos.pos1, pos.pos2, pos.pos3) for layer in (block[0], block[2]))]
-    return [weight for layer in layers for weight in (layer.weight, layer.bias)]
 
 
 def _partition(block: nn.Module) -> Partition:
@@ -124,7 +120,7 @@ def _check_positions(pos: nn.Module, heads: int) -> None:
     p = pos.pos_proj.weight.shape[0]
     layer = [(p,), (p,), (p, p), (p,)]
     expected = [(p, 2), (p,), *layer, *layer, (p,), (p,), (heads, p), (heads,)]
-    got = [tuple(weight.shape) for weight in _weights(pos)]
+    got = [tuple(weight.shape) for weight in parameters_of(pos)]
     expect(got == expected, f"its position MLP has weights of {got}, expected {expected}")
 
 

@@ -63,19 +63,19 @@ class Recipe:
 
 
 def dropout_rate(attn: nn.Module) -> float:
-    """Of the attention weights, while they are dropped, which no kernel here does."""
+    """Rate at which attention weights are dropped in training, which no kernel here does."""
     layer = getattr(attn, "attn_drop", None)
     return getattr(layer, "p", 0.0) if layer is not None else getattr(attn, "attention_dropout", 0.0)
 
 
 def drops(attn: nn.Module) -> bool:
-    """Whether it drops attention weights now."""
+    """Whether ``attn`` drops attention weights now."""
     return dropout_rate(attn) > 0 and (attn.training or getattr(attn, "attn_drop", attn).training)
 
 
 def on_a_map(forward: Callable) -> Callable:
-    """What stands for an attention module's forward: ``forward`` of a whole map where there is a `Partition` instead
-    of a mask.
+    """The replacement of an attention module's forward. It runs ``forward`` on a whole map if it is given a `Partition`
+    in the place of a mask, and leaves other calls to the module.
     """
 
     @wraps(forward)
@@ -117,7 +117,7 @@ def unusual(attn: nn.Module) -> str | None:
 
 
 def silent(*parts: nn.Module | None) -> bool:
-    """Whether nobody notices that ``parts`` are not called."""
+    """Whether ``parts`` may stay uncalled: they have no hooks and no forward of their own that would act."""
     for part in parts:  # a loop costs less than `all` at every call
         if part is not None and not as_made(part):
             return False
@@ -130,7 +130,7 @@ def _runs_on_a_map(attn: nn.Module) -> bool:
 
 
 def known(x: Tensor) -> bool:
-    """Whether the values of ``x`` can be looked at now: it has some, and nothing is traced or captured."""
+    """Whether ``x`` has values that can be read now, while nothing is traced or captured."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor or x.is_meta:
         return False
     return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
@@ -216,7 +216,7 @@ def check_methods(part: nn.Module, besides: tuple[str, ...] = ("forward",)) -> N
 
 
 def check_parts(module: nn.Module, *names: str) -> None:
-    """It has no part that the function which replaces its forward does not know of."""
+    """Raise `Unsuitable` if ``module`` has parts besides ``names``: what replaces its forward does not know of them."""
     own = [name for name, _ in module.named_parameters(recurse=False)]
     others = sorted({*own, *(name for name, part in module.named_children() if part is not None)} - set(names))
     expect(not others, f"it has {', '.join(others)}, which the published class has not")
@@ -260,7 +260,7 @@ def shift_mask(partition: Partition, height: int, width: int, like: Tensor) -> T
     return kinds[(2 * lower[:, None] + right).flatten()]
 
 
-# mask -> its version, the partition and the map that it was compared for, and whether it is theirs
+# mask -> its memory and version, the partition and the map that it was compared for, and whether it is theirs
 _COMPARED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
@@ -269,7 +269,7 @@ def is_shift_mask(mask: object, partition: Partition, height: int, width: int) -
     if not isinstance(mask, Tensor) or not known(mask) or not mask.is_floating_point() or mask.requires_grad:
         return False
     # changes of inference tensors leave no trace: those are compared at every call
-    key = None if mask.is_inference() else (mask._version, partition, height, width)
+    key = None if mask.is_inference() else (mask.data_ptr(), mask._version, partition, height, width)
     before, same = _COMPARED.get(mask, (None, False))
     if key is None or key != before:
         expected = shift_mask(partition, height, width, mask)

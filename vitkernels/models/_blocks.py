@@ -164,8 +164,7 @@ class DropPath(nn.Module):
 
 def drop_path_rates(most: float, depths: Sequence[int]) -> Iterator[float]:
     """The rate of every block: from 0 at the first to ``most`` at the last."""
-    if isinstance(most, bool) or not isinstance(most, (int, float)):
-        raise TypeError(f"drop_path must be a number, got {_checks.shown(most)}")
+    _checks.check_numbers(drop_path=most)
     blocks = sum(depths)
     return (most * i / max(blocks - 1, 1) for i in range(blocks))
 
@@ -173,8 +172,10 @@ def drop_path_rates(most: float, depths: Sequence[int]) -> Iterator[float]:
 class Mlp(nn.Module):
     """Linear, GELU, Linear over the last dimension."""
 
-    def __init__(self, dim: int, hidden: int, out: int | None = None, *, approximate: str = "none"):
+    def __init__(self, dim: int, ratio: float, out: int | None = None, *, approximate: str = "none"):
         super().__init__()
+        _checks.check_numbers(mlp_ratio=ratio)
+        hidden = int(dim * ratio)
         if hidden < 1:
             raise ValueError(f"mlp_ratio must give the MLP of {dim} channels at least 1 hidden channel, got {hidden}")
         self.fc1 = nn.Linear(dim, hidden)
@@ -200,7 +201,7 @@ class TransformerBlock(nn.Module):
         super().__init__()
         dim = attn.dim
         self.norm1, self.attn = nn.LayerNorm(dim, eps=eps), attn
-        self.norm2, self.mlp = nn.LayerNorm(dim, eps=eps), Mlp(dim, int(dim * mlp_ratio), approximate=approximate)
+        self.norm2, self.mlp = nn.LayerNorm(dim, eps=eps), Mlp(dim, mlp_ratio, approximate=approximate)
         self.drop_path = DropPath(drop_path)
 
     def _between(self, x: Tensor) -> Tensor:

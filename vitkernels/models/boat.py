@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _checks
-from .._layer import Conv2d
+from .._layer import convolved
 from ..cluster_attention import FeatureSpaceAttention
 from ..partition_attention import CrossShapedWindowAttention, WindowAttention
 from ._blocks import Pyramid, Stage, TransformerBlock, drop_path_rates, nchw, nhwc, pad_to_multiple, sizes_per_stage
@@ -36,11 +36,11 @@ class PatchEmbedding(nn.Module):
 
     def __init__(self, in_channels: int, dim: int):
         super().__init__()
-        self.proj = Conv2d(in_channels, dim, STRIDE, STRIDE)
+        self.proj = nn.Conv2d(in_channels, dim, STRIDE, STRIDE)
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, images: Tensor) -> Tensor:  # [B, channels, H, W] -> [B, H / 4, W / 4, C]
-        return self.norm(nhwc(self.proj(pad_to_multiple(images, STRIDE))))
+        return self.norm(nhwc(convolved(self.proj, pad_to_multiple(images, STRIDE))))
 
 
 class PatchMerging(nn.Module):
@@ -123,11 +123,11 @@ class ConvEmbedding(nn.Module):
 
     def __init__(self, dim: int, out: int, kernel: int, stride: int):
         super().__init__()
-        self.conv = Conv2d(dim, out, kernel, stride, (kernel - 1) // 2 if stride == 2 else 2)
+        self.conv = nn.Conv2d(dim, out, kernel, stride, (kernel - 1) // 2 if stride == 2 else 2)
         self.norm = nn.LayerNorm(out)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, H / stride, W / stride, out]
-        return self.norm(nhwc(self.conv(x)))
+        return self.norm(nhwc(convolved(self.conv, x)))
 
 
 class ConvMerging(ConvEmbedding):

@@ -41,7 +41,7 @@ class Layout:
     marks: tuple[str, ...]  # patterns that each match a name in such a file
     rules: tuple[Rule, ...] = ()
     extra: str = r"(?!)"  # buffers that the models here do not have
-    prepare: Callable[[State], State] = lambda state: state  # what the rules cannot do: it takes all names to know one
+    prepare: Callable[[State], State] = lambda state: state  # renames that need all names; the rules see one at a time
     convert: Callable[[str, Tensor], Tensor] = lambda name, value: value  # by the name here
     style: str | None = None  # of MaxViT
     index: str | None = None  # of MViT: how its author rounds relative distances; None leaves the model's own
@@ -331,7 +331,7 @@ def load_checkpoint(model: Model, path: str | PathLike, *, drop_head: bool = Fal
 
 
 def _check_model(own: dict[str, object]) -> None:
-    """The model's tensors can be written to, all of them."""
+    """Raise unless all tensors of the model can be written to."""
     faults = {
         "are not dense tensors: load the weights before the model is quantised or sharded": lambda x: not _dense(x),
         "are on the meta device; model.to_empty(device=...) gives it memory": lambda x: x.is_meta,
@@ -357,7 +357,9 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 def _refusal(value: Tensor, own: Tensor) -> str | None:
     """Why an entry is not copied to ``own``, the model's of its name, or None."""
     if not _dense(value):
-        return f"is a {value.layout} tensor" if type(value) is Tensor else f"is a {type(value).__name__}"
+        if type(value) is not Tensor:
+            return f"is a {type(value).__name__}"
+        return f"is a {'nested' if value.is_nested else value.layout} tensor"
     if value.is_meta:
         return "is on the meta device and has no values"
     known, expected = (_checks.DTYPES, "floating-point") if own.is_floating_point() else (_INTEGERS, "integers")

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _checks
-from .._layer import Conv2d, readable, same_strides
+from .._layer import convolved, readable_convolution, same_strides
 from ..partition_attention import LongShortDistanceAttention
 from ._blocks import (
     Pyramid,
@@ -56,7 +56,7 @@ def _scales(dim: int, out: int, kernels: Sequence[int], stride: int) -> nn.Modul
         raise ValueError(f"{out} channels are too few for {len(kernels)} kernels, of which each takes half of the rest")
     shares = [out >> (i + 1) for i in range(len(kernels) - 1)]
     shares.append(out - sum(shares))
-    return nn.ModuleList(Conv2d(dim, n, k, stride, (k - stride) // 2) for n, k in zip(shares, kernels))
+    return nn.ModuleList(nn.Conv2d(dim, n, k, stride, (k - stride) // 2) for n, k in zip(shares, kernels))
 
 
 def _squares(x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, C * 16, H / 4, W / 4]
@@ -69,7 +69,8 @@ class CrossScaleEmbedding(nn.Module):
 
     def __init__(self, in_channels: int, dim: int, kernels: Sequence[int]):
         super().__init__()
-        self.kernels, self.projs = tuple(kernels), _scales(in_channels, dim, kernels, STRIDE)
+        self.projs = _scales(in_channels, dim, kernels, STRIDE)
+        self.kernels = tuple(kernels)
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, images: Tensor) -> Tensor:  # [B, channels, H, W] -> [B, H / 4, W / 4, C]
@@ -80,8 +81,9 @@ class CrossScaleEmbedding(nn.Module):
         maps = []
         for kernel, proj in zip(self.kernels, self.projs):
             side = kernel // STRIDE  # squares
-            if kernel % (2 * STRIDE) or not readable(proj):
-                maps.append(proj(images))
+            sizes = ((n, n) for n in (kernel, STRIDE, (kernel - STRIDE) // 2))
+            if kernel % (2 * STRIDE) or not readable_convolution(proj, *sizes):
+                maps.append(convolved(proj, images))
             else:
                 maps.append(F.conv2d(squares, _squares(same_strides(proj.weight)), proj.bias, padding=side // 2 - 1))
         return self.norm(nhwc(torch.cat(maps, 1)))
@@ -97,7 +99,7 @@ class Merging(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [B, H, W, C] -> [B, H / 2, W / 2, 2 C]
         x = pad_to_multiple(nchw(self.norm(x)), 2)
-        return nhwc(torch.cat([reduction(x) for reduction in self.reductions], 1))
+        return nhwc(torch.cat([convolved(reduction, x) for reduction in self.reductions], 1))
 
 
 class Block(TransformerBlock):
@@ -106,12 +108,12 @@ class Block(TransformerBlock):
     def __init__(self, attn: LongShortDistanceAttention, mlp_ratio: float, drop_path: float, cooling: bool):
         super().__init__(attn, mlp_ratio, drop_path)
         dim = attn.dim
-        self.ex_conv = Conv2d(dim, dim, 3, padding=1, groups=dim) if cooling else None
+        self.ex_conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim) if cooling else None
         self.ex_ln = nn.LayerNorm(dim) if cooling else None
 
     def forward(self, x: Tensor) -> Tensor:  # [B, H, W, C]
         x = super().forward(x)
-        return x if self.ex_conv is None else self.ex_ln(nhwc(self.ex_conv(nchw(x))))
+        return x if self.ex_conv is None else self.ex_ln(nhwc(convolved(self.ex_conv, nchw(x))))
 
 
 class CrossFormer(Pyramid):

@@ -14,7 +14,7 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._layer import Conv2d
+from .._layer import convolved, same_strides
 from ..partition_attention import MaxSA
 from ._blocks import (
     DropPath,
@@ -71,7 +71,7 @@ STYLES = {
 }  # fmt: skip
 
 
-class Conv3x3(Conv2d):
+class Conv3x3(nn.Conv2d):
     """A 3 x 3 convolution whose map has ``ceil(H / stride)`` rows, padded as PyTorch or as TensorFlow does."""
 
     def __init__(self, dim: int, out: int, stride: int = 1, *, same: bool, **options):
@@ -83,7 +83,7 @@ class Conv3x3(Conv2d):
         if self.shifts:  # an even side: nothing above, one row below
             (top, bottom), (left, right) = ((n % 2, 1) for n in x.shape[2:])
             x = F.pad(x, (left, right, top, bottom))
-        return super().forward(x)
+        return self._conv_forward(x, same_strides(self.weight), self.bias)
 
 
 class Skip(nn.Module):
@@ -92,11 +92,11 @@ class Skip(nn.Module):
     def __init__(self, dim: int, out: int, style: Style):
         super().__init__()
         self.side = style.skip
-        self.expand = Conv2d(dim, out, 1, bias=style.bias) if dim != out or style.always else None
+        self.expand = nn.Conv2d(dim, out, 1, bias=style.bias) if dim != out or style.always else None
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W]
         x = F.avg_pool2d(x, 3, 2, 1) if self.side == 3 else F.avg_pool2d(x, 2, ceil_mode=True)
-        return x if self.expand is None else self.expand(x)
+        return x if self.expand is None else convolved(self.expand, x)
 
 
 class SqueezeExcitation(nn.Module):
@@ -104,10 +104,11 @@ class SqueezeExcitation(nn.Module):
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
-        self.fc1, self.fc2 = Conv2d(dim, hidden, 1), Conv2d(hidden, dim, 1)
+        self.fc1, self.fc2 = nn.Conv2d(dim, hidden, 1), nn.Conv2d(hidden, dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W]
-        return x * self.fc2(F.silu(self.fc1(x.mean((2, 3), keepdim=True)))).sigmoid()
+        hidden = F.silu(convolved(self.fc1, x.mean((2, 3), keepdim=True)))
+        return x * convolved(self.fc2, hidden).sigmoid()
 
 
 class MBConv(nn.Module):
@@ -118,20 +119,20 @@ class MBConv(nn.Module):
         inner = 4 * (out if style.from_out else dim)
         self.shortcut = Skip(dim, out, style) if stride == 2 else None
         self.pre_norm = nn.BatchNorm2d(dim, **style.batch_norm)
-        self.conv1_1x1 = Conv2d(dim, inner, 1, bias=False)
+        self.conv1_1x1 = nn.Conv2d(dim, inner, 1, bias=False)
         self.norm1 = nn.BatchNorm2d(inner, **style.batch_norm)
         self.conv2_kxk = Conv3x3(inner, inner, stride, same=style.same, groups=inner, bias=False)
         self.norm2 = nn.BatchNorm2d(inner, **style.batch_norm)
         self.act = style.act()
         self.se = SqueezeExcitation(inner, inner // 16)
-        self.conv3_1x1 = Conv2d(inner, out, 1, bias=style.bias)
+        self.conv3_1x1 = nn.Conv2d(inner, out, 1, bias=style.bias)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W]
         skip = x if self.shortcut is None else self.shortcut(x)
-        x = self.act(self.norm1(self.conv1_1x1(self.pre_norm(x))))
+        x = self.act(self.norm1(convolved(self.conv1_1x1, self.pre_norm(x))))
         x = self.act(self.norm2(self.conv2_kxk(x)))
-        return skip + self.drop_path(self.conv3_1x1(self.se(x)))
+        return skip + self.drop_path(convolved(self.conv3_1x1, self.se(x)))
 
 
 class Attention(TransformerBlock):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _checks
-from .._layer import Conv2d, Conv3d
+from .._layer import convolved
 from .._sizes import surely
 from ..pooled_attention import MultiScaleAttention, pool_tokens
 from ._blocks import DropPath, Mlp, Model, drop_path_rates, initialise, sizes_per_stage
@@ -42,11 +42,11 @@ class PatchEmbedding(nn.Module):
 
     def __init__(self, in_channels: int, dim: int, video: bool):
         super().__init__()
-        kind, kernel, stride = (Conv3d, (3, 7, 7), (2, 4, 4)) if video else (Conv2d, (7, 7), (4, 4))
+        kind, kernel, stride = (nn.Conv3d, (3, 7, 7), (2, 4, 4)) if video else (nn.Conv2d, (7, 7), (4, 4))
         self.proj = kind(in_channels, dim, kernel, stride, tuple(k // 2 for k in kernel))
 
     def forward(self, images: Tensor) -> tuple[Tensor, tuple[int, ...]]:  # [B, N, C] and the map
-        x = self.proj(images)
+        x = convolved(self.proj, images)
         return x.flatten(2).transpose(1, 2), tuple(x.shape[2:])
 
 
@@ -63,7 +63,7 @@ class Block(nn.Module):
         width = attn.dim_out
         self.in_attn, self.stride = width != dim, attn.stride_q
         self.norm1, self.attn = nn.LayerNorm(dim, eps=attn.eps), attn
-        self.norm2, self.mlp = nn.LayerNorm(width, eps=attn.eps), Mlp(width, int(width * mlp_ratio), out)
+        self.norm2, self.mlp = nn.LayerNorm(width, eps=attn.eps), Mlp(width, mlp_ratio, out)
         self.proj = nn.Linear(dim, out) if dim != out else None
         self.drop_path = DropPath(drop_path)
 
@@ -149,6 +149,7 @@ class MViT(Model):
         video = frames is not None
         chosen = {name: value for name, value in (("frames", frames), ("kernel", kernel)) if value is not None}
         _checks.check_sizes(embed_dim=embed_dim, heads=heads, image_size=image_size, kv_stride=kv_stride, **chosen)
+        _checks.check_numbers(dropout=dropout)
         if image_size < self.min_size or (video and frames < 2):
             raise ValueError(
                 f"image_size must be at least {self.min_size} and frames at least 2, the strides of the patches, "
@@ -205,14 +206,14 @@ class MViT(Model):
             block.attn.index = index
 
     def _axes(self, stride: int) -> tuple[int, ...]:
-        """Of a stride in space: time is never pooled."""
+        """Stride along each axis of the map for a stride in space; time is never pooled."""
         return (1,) * (len(self.size) - 2) + (stride, stride)
 
     def _kernel(self, kernel: int | None, stride: int) -> tuple[int, ...]:
         return _overlapping(self._axes(stride)) if kernel is None else (kernel,) * len(self.size)
 
     def _positions(self, thw: tuple[int, ...]) -> Tensor:  # [1, N, C]
-        """Of every token of a map, interpolated where it is not the one that they were made for."""
+        """Position embeddings of all tokens of a map, interpolated where it is not the one that they were made for."""
         space, time = self.pos_embed_spatial, self.pos_embed_temporal
         if not all(surely(n == own) for n, own in zip(thw[-2:], self.size[-2:])):
             image = space.transpose(1, 2).unflatten(2, self.size[-2:])

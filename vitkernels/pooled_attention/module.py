@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _checks
-from .._layer import Conv2d, Conv3d, readable, same_strides
+from .._layer import readable, readable_convolution, same_strides
 from .op import INDICES, RESIDUALS, pooled_attention
 from .pool import MODES, Pool, check_axes, check_thw, pool_qkv
 
@@ -21,7 +21,8 @@ class MultiScaleAttention(nn.Module):
     "MViTv2" (Li et al., CVPR 2022), section 4.1. Parameters are named as in SlowFast and timm (``qkv``, ``proj``,
     ``pool_q``, ``norm_q``, ``rel_pos_h`` ...); `rename` turns torchvision's names into these. Along an axis where
     neither kernel nor stride is above 1, nothing is pooled, and where that holds for all axes the pool and its norm are
-    left out. A pool or a norm that is pruned, parametrised, quantised, wrapped or hooked is called by PyTorch.
+    left out. A pool or a norm that is pruned, parametrised, quantised, wrapped, hooked or of another make is called by
+    PyTorch.
 
     Args:
         dim: channels of the input.
@@ -121,7 +122,7 @@ class MultiScaleAttention(nn.Module):
         return ("q", self.kernel_q, self.stride_q), ("k", *keys), ("v", *keys)
 
     def _convolution(self, kernel: tuple[int, ...], stride: tuple[int, ...]) -> nn.Module:
-        kind = Conv2d if len(kernel) == 2 else Conv3d
+        kind = nn.Conv2d if len(kernel) == 2 else nn.Conv3d
         padding = tuple(k // 2 for k in kernel)
         return kind(self.head_dim, self.head_dim, kernel, stride, padding, groups=self.head_dim, bias=False)
 
@@ -132,18 +133,24 @@ class MultiScaleAttention(nn.Module):
         return [2 * n - 1 for n in (*size[:-2], longest, longest)]
 
     def _pool(self, name: str, kernel: tuple[int, ...], stride: tuple[int, ...]) -> Pool | None:
-        """How the operator pools; None where it hands tokens on: nothing is pooled, or `_call` does it."""
-        if math.prod(kernel) * math.prod(stride) == 1 or self._is_called(name):
+        """How the operator pools; None where nothing is pooled."""
+        if math.prod(kernel) * math.prod(stride) == 1:
             return None
         if self.mode != "conv":
             return Pool(kernel=kernel, stride=stride, mode=self.mode)
         norm = getattr(self, f"norm_{name}")
         return Pool(same_strides(getattr(self, f"pool_{name}").weight), norm.weight, norm.bias, stride)
 
-    def _is_called(self, name: str) -> bool:
+    def _is_called(self, name: str, kernel: tuple[int, ...], stride: tuple[int, ...]) -> bool:
         """Whether a pool and its norm are called, as the operator cannot read them."""
         conv, norm = getattr(self, f"pool_{name}"), getattr(self, f"norm_{name}")
-        return conv is not None and not (readable(conv, norm) and conv.bias is None and norm.eps == self.eps)
+        if conv is None:
+            return False
+        padding = tuple(k // 2 for k in kernel)
+        if not readable_convolution(conv, kernel, stride, padding, self.head_dim) or conv.bias is not None:
+            return True
+        usual = readable(norm) and isinstance(norm, nn.LayerNorm) and norm.normalized_shape == (self.head_dim,)
+        return not usual or norm.eps != self.eps or norm.weight is None or norm.bias is None
 
     def _call(self, name: str, x: Tensor, thw: tuple[int, ...]) -> tuple[Tensor, tuple[int, ...]]:
         """A pool and its norm on tokens ``[B, N, heads, head_dim]``, by PyTorch."""
@@ -162,10 +169,11 @@ class MultiScaleAttention(nn.Module):
         if len(thw) != len(self.kernel_q):
             raise ValueError(f"thw must have the {len(self.kernel_q)} axes of input_size, got {thw}")
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, self.head_dim))
-        pools = (self._pool(*pool) for pool in self._pools())
+        called = [self._is_called(*pool) for pool in self._pools()]
+        pools = (None if by_torch else self._pool(*pool) for by_torch, pool in zip(called, self._pools()))
         how = {"has_cls": self.has_cls, "backend": self.backend}
-        parts = zip("qkv", pool_qkv(qkv, *pools, thw=thw, eps=self.eps, **how))
-        (q, q_thw), (k, k_thw), (v, _) = (self._call(name, *x) if self._is_called(name) else x for name, x in parts)
+        parts = zip("qkv", called, pool_qkv(qkv, *pools, thw=thw, eps=self.eps, **how))
+        (q, q_thw), (k, k_thw), (v, _) = (self._call(name, *x) if by_torch else x for name, by_torch, x in parts)
         tables = [getattr(self, f"rel_pos_{name}") for name in "thw"[-len(thw) :]]
         out = pooled_attention(
             q, k, v, q_thw=q_thw, k_thw=k_thw, rel_pos=tables, residual=self.residual, index=self.index, **how

@@ -26,11 +26,32 @@ class _Table(NamedTuple):
 
 
 def _stamp(tensors: tuple[Tensor, ...]) -> tuple | None:
-    """Changes with every change that autograd or the allocator sees; None for tensors that tell of none."""
+    """Mark that changes with every change of ``tensors`` that autograd or the allocator sees; None if there is none."""
     try:
         return tuple((x.data_ptr(), x._version, x.dtype, x.device) for x in tensors)
     except RuntimeError:
         return None
+
+
+def parameters_of(mlp: nn.Module) -> tuple[Tensor, ...]:
+    """The 14 parameters of a position MLP, in the order that the operators take."""
+    blocks = ((norm, linear) for norm, _, linear in (mlp.pos1, mlp.pos2, mlp.pos3))
+    layers = (mlp.pos_proj, *(layer for block in blocks for layer in block))
+    return tuple(x for layer in layers for x in (layer.weight, layer.bias))
+
+
+def readable_mlp(mlp: nn.Module) -> bool:
+    """Whether a kernel may read the parameters of a position MLP, whose parts are `readable` and as published."""
+    proj, *blocks = (mlp._modules[name] for name in ("pos_proj", "pos1", "pos2", "pos3"))
+    if not readable(proj, *blocks) or type(proj) is not nn.Linear or proj._parameters.get("bias") is None:
+        return False
+    for block in blocks:
+        layers = tuple(block._modules.values())
+        if tuple(map(type, layers)) != (nn.LayerNorm, nn.ReLU, nn.Linear) or layers[0].eps != _EPS:
+            return False
+        if layers[0]._parameters.get("bias") is None or layers[2]._parameters.get("bias") is None:
+            return False
+    return True
 
 
 class DynamicPositionBias(nn.Module):
@@ -76,28 +97,11 @@ class DynamicPositionBias(nn.Module):
 
     def weights(self) -> tuple[Tensor, ...]:
         """The 14 parameters in the order that the operators take, float16 and bfloat16 converted to float32."""
-        return tuple(x.float() if x.dtype in _HALVES else x for x in self._stored())
-
-    def _stored(self) -> tuple[Tensor, ...]:
-        blocks = ((norm, linear) for norm, _, linear in (self.pos1, self.pos2, self.pos3))
-        layers = (self.pos_proj, *(layer for block in blocks for layer in block))
-        return tuple(x for layer in layers for x in (layer.weight, layer.bias))
+        return tuple(x.float() if x.dtype in _HALVES else x for x in parameters_of(self))
 
     def readable(self) -> bool:
         """Whether a kernel may read `weights` where it would otherwise call this module."""
-        return type(self) is DynamicPositionBias and as_made(self) and self._readable_parts()
-
-    def _readable_parts(self) -> bool:
-        proj, *blocks = (self._modules[name] for name in ("pos_proj", "pos1", "pos2", "pos3"))
-        if not readable(proj, *blocks) or type(proj) is not nn.Linear or proj._parameters["bias"] is None:
-            return False
-        for block in blocks:
-            layers = tuple(block._modules.values())
-            if tuple(map(type, layers)) != (nn.LayerNorm, nn.ReLU, nn.Linear) or layers[0].eps != _EPS:
-                return False
-            if layers[0]._parameters["bias"] is None or layers[2]._parameters["bias"] is None:
-                return False
-        return True
+        return type(self) is DynamicPositionBias and as_made(self) and readable_mlp(self)
 
     def _call_parts(self, group_size: tuple[int, int]) -> Tensor:
         like = next((x for x in (*self.parameters(), *self.buffers()) if x.is_floating_point()), torch.empty(0))
@@ -116,7 +120,7 @@ class DynamicPositionBias(nn.Module):
             return False
         if self.pos_proj.weight.is_cuda and torch.cuda.is_current_stream_capturing():
             return False  # the table would be in the graph's memory, or the graph would outlive the table
-        return not (torch.is_grad_enabled() and any(x.requires_grad for x in self._stored()))
+        return not (torch.is_grad_enabled() and any(x.requires_grad for x in parameters_of(self)))
 
     def forward(self, group_size: Size, *, backend: str | None = None) -> Tensor:  # [heads, 2Gh-1, 2Gw-1]
         """The table for groups of ``group_size`` tokens.
@@ -129,9 +133,9 @@ class DynamicPositionBias(nn.Module):
                 "DynamicPositionBias takes the size of a group in tokens, an int or (height, width), and gives its "
                 f"bias; got a Tensor {shape_of(group_size)}. LongShortDistanceAttention takes maps"
             )
-        if not self._readable_parts():
+        if not readable_mlp(self):
             return self._call_parts(as_pair(group_size, "group_size", 1))
-        stored = self._stored() if self.constant() else ()
+        stored = parameters_of(self) if self.constant() else ()
         stamp = _stamp(stored) if stored else None
         if stamp is None:
             return evaluate(self.weights(), group_size, self.residual, backend)
