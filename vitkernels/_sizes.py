@@ -1,7 +1,7 @@
-"""Arithmetic on sizes: ints, or what stands for them while a graph is traced that shall serve all sizes.
+"""Arithmetic on sizes that are ints, or symbols of ints while a graph for all sizes is traced.
 
-A branch on a traced size holds for the size at hand alone. So sizes are computed without branches, and a shortcut is
-taken where `surely` says that it is the right way for all of them.
+A Python branch on a symbol would make the graph hold for the size at hand alone. So sizes are computed without
+branches, and code takes a shortcut only where `surely` says that it is right for all sizes.
 """
 
 from __future__ import annotations
@@ -11,12 +11,15 @@ from torch import Tensor
 
 
 def is_size(value: object) -> bool:
+    """Whether ``value`` is an int, or stands for one in a trace."""
+    if type(value) is int:
+        return True
     kinds = (int, torch.SymInt, Tensor) if torch.jit.is_tracing() else (int, torch.SymInt)
     return isinstance(value, kinds) and not isinstance(value, bool)
 
 
 def surely(condition: object) -> bool:
-    """Whether a condition holds: an int's, or a traced size's for all its values."""
+    """Whether a condition on sizes holds; while a graph is traced, whether it holds for all sizes."""
     if torch.compiler.is_compiling():
         from torch.fx.experimental.symbolic_shapes import statically_known_true
 
@@ -25,7 +28,7 @@ def surely(condition: object) -> bool:
 
 
 def known(*sizes: int) -> bool:
-    """Whether sizes are numbers; not so those that a graph is traced for."""
+    """Whether all sizes are numbers, not symbols of a trace."""
     if torch.compiler.is_compiling():
         from torch.fx.experimental.symbolic_shapes import has_static_value
 
@@ -34,12 +37,14 @@ def known(*sizes: int) -> bool:
 
 
 def smaller(a: int, b: int) -> int:
+    """Minimum of two sizes, without a branch where they are traced."""
     if type(a) is type(b) is int:
         return min(a, b)
     return torch.minimum(*_tensors(a, b)) if torch.jit.is_tracing() else torch.sym_min(a, b)
 
 
 def larger(a: int, b: int) -> int:
+    """Maximum of two sizes, without a branch where they are traced."""
     if type(a) is type(b) is int:
         return max(a, b)
     return torch.maximum(*_tensors(a, b)) if torch.jit.is_tracing() else torch.sym_max(a, b)
@@ -62,4 +67,5 @@ def divided(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
 
 
 def ceil_div(a: int, b: int) -> int:
+    """``a / b`` rounded up."""
     return (a + b - 1) // b  # not -(-a // b): ONNX divides towards zero

@@ -221,13 +221,11 @@ def partition_attention_qkvpacked(
 
 
 def _check_module(module: nn.Module, qkv: Tensor) -> None:
-    """``module`` is a DynamicPositionBias for qkv's heads and on its device."""
+    """``module`` is a DynamicPositionBias for qkv's heads."""
     if not hasattr(module, "weights"):
         raise TypeError(f"position_bias must be a DynamicPositionBias, a table or None, got {type(module).__name__}")
     if module.heads != qkv.shape[4]:
         raise ValueError(f"position_bias is for {module.heads} heads, qkv has {qkv.shape[4]}: {_checks.shape_of(qkv)}")
-    if _readable(module):
-        _checks.check_device("qkv", qkv, "position_bias", module.weights()[0])
 
 
 def _readable(module: nn.Module) -> bool:
@@ -302,8 +300,12 @@ def lsda_attention(
     _check_module(position_bias, qkv)
     call = _Call.of((qkv,), partition, scale, backend)
     if not _inline(position_bias, form, call.backend, call.within):
-        return _run(call, position_bias(call.within.group, backend=backend))
+        table = position_bias(call.within.group, backend=backend)
+        _checks.check_device("qkv", qkv, "position_bias", table)
+        _checks.check_table(table, qkv, call.within.group)
+        return _run(call, table)
     mlp = tuple(weight.to(_checks.accumulation_dtype(qkv)).contiguous() for weight in position_bias.weights())
+    _checks.check_device("qkv", qkv, "position_bias", mlp[0])
     return _run(call, None, mlp, position_bias.residual)
 
 

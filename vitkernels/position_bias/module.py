@@ -45,11 +45,16 @@ def readable_mlp(mlp: nn.Module) -> bool:
     proj, *blocks = (mlp._modules[name] for name in ("pos_proj", "pos1", "pos2", "pos3"))
     if not readable(proj, *blocks) or type(proj) is not nn.Linear or proj._parameters.get("bias") is None:
         return False
+    hidden = proj._parameters["weight"].shape[0]
     for block in blocks:
         layers = tuple(block._modules.values())
         if tuple(map(type, layers)) != (nn.LayerNorm, nn.ReLU, nn.Linear) or layers[0].eps != _EPS:
             return False
-        if layers[0]._parameters.get("bias") is None or layers[2]._parameters.get("bias") is None:
+        norm, linear = layers[0]._parameters, layers[2]._parameters
+        if norm.get("bias") is None or linear.get("bias") is None:
+            return False
+        out = hidden if block is not blocks[2] else linear["weight"].shape[0]  # pos3 gives the heads
+        if norm["weight"].shape != (hidden,) or linear["weight"].shape != (out, hidden):
             return False
     return True
 
