@@ -242,11 +242,12 @@ def test_the_lowest_bias_gives_no_weight_to_places_outside(backend, dtype):
 @compiled
 @pytest.mark.parametrize("shape", [(0, 7, 7, 2, 32), (2, 0, 7, 2, 32), (2, 7, 0, 2, 32), (2, 7, 7, 0, 32)])
 @pytest.mark.parametrize("chosen", [None, "reference"])
-def test_empty_inputs(shape, chosen, backend):
+@pytest.mark.parametrize("shift", [0, 3])
+def test_empty_inputs(shape, shift, chosen, backend):
     device = DEVICE[backend]
     q, k, v = (torch.randn(shape, device=device, requires_grad=True) for _ in range(3))
     bias = torch.randn(shape[3], 13, 13, device=device, requires_grad=True)
-    out = partition_attention(q, k, v, Partition.window(7), bias, backend=chosen)
+    out = partition_attention(q, k, v, Partition.window(7, shift), bias, backend=chosen)
     out.sum().backward()
     assert out.shape == shape and q.grad.shape == shape and bias.grad.eq(0).all()
 

@@ -129,12 +129,13 @@ class Partition:
 
         What they have outside the map has no weight.
         """
-        if not known(height, width) or height * width == 0:
+        if not known(height, width):
             return self
-        interval = tuple(min(i, n) for i, n in zip(self.interval, (height, width)))
-        group = tuple(min(g, ceil_div(n, i)) for g, n, i in zip(self.group, (height, width), interval))
+        lengths = max(height, 1), max(width, 1)
+        interval = tuple(min(i, n) for i, n in zip(self.interval, lengths))
+        group = tuple(min(g, ceil_div(n, i)) for g, n, i in zip(self.group, lengths, interval))
         fits = (group, interval) == (self.group, self.interval)
-        return self if fits else Partition(group, interval, self.shift)
+        return self if fits else Partition(group, interval, self.shift if height and width else 0)
 
     def _axes(self, height: int, width: int) -> tuple[tuple[int, int], ...]:
         """Group, interval and shift along both axes of a map."""
