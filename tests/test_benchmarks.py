@@ -8,6 +8,7 @@ import json
 import sys
 import warnings
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -376,6 +377,24 @@ def test_mvit_baseline_equals_reference(bench, layer, kind):
         torch.testing.assert_close(workload.tensors(workload.build(name), gradients=True), expected)
 
 
+@cache
+def convolves_volumes(dtype: torch.dtype) -> bool:
+    """Whether PyTorch has the weight's gradient right, of a depthwise convolution of channels-last volumes.
+
+    In bfloat16, on CPUs with AMX, it leaves a part of it unwritten.
+    """
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 2, 4, 4, 32, dtype=dtype).movedim(-1, 1), torch.randn(32, 1, 3, 3, 3, dtype=dtype)
+
+    def gradient(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        weight.requires_grad_()
+        out = torch.nn.functional.conv3d(x, weight, padding=1, groups=32)
+        return torch.autograd.grad(out.square().sum(), weight)[0]
+
+    exact = gradient(x.double(), weight.double())
+    return bool((gradient(x, weight) - exact).abs().max() < 0.1 * exact.abs().max())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layer", MVIT)
@@ -383,7 +402,9 @@ def test_gate_accepts_every_mvit_baseline(bench, layer, kind, dtype):
     workload = mvit_workload(bench, layer, kind, dtype)
     objection_to = workload.gate(gradients=True)
     for name in workload.baselines.keys() & set(PLAIN):
-        assert objection_to(workload.build(name)) is None, name
+        objection = objection_to(workload.build(name))
+        unwritten = name != "eager" and layer.startswith("v1") and not convolves_volumes(dtype)
+        assert objection is None or (unwritten and objection.startswith("convolution gradient")), name
 
 
 MVIT_OPERATORS = [f"{name}_{way}" for name in ("pool_tokens", "pooled_attention") for way in ("forward", "backward")]
