@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import re
 import subprocess
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cache, cached_property, lru_cache
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,10 +29,7 @@ MATRIX = {"HMMA": "mma.sync", "HGMMA": "wgmma", "UTCHMMA": "tcgen05"}
 class Instruction(NamedTuple):
     name: str  # with its modifiers
     operands: str
-
-    @property
-    def kind(self) -> str:
-        return self.name.split(".")[0]
+    kind: str  # the name alone
 
     @property
     def width(self) -> int:
@@ -52,8 +51,34 @@ class Instruction(NamedTuple):
         return 0
 
     @property
-    def registers(self) -> set[int]:
-        return {int(number) for number in re.findall(r"\bR(\d+)\b", self.operands)}
+    def registers(self) -> frozenset[int]:
+        return _registers(self.operands)
+
+
+@cache
+def _registers(operands: str) -> frozenset[int]:
+    return frozenset(int(number) for number in re.findall(r"\bR(\d+)\b", operands))
+
+
+@lru_cache(maxsize=4)  # a kernel that several cases start
+def _parse(text: str) -> tuple[list[Instruction], list[tuple[int, int]]]:
+    """The instructions, and every loop: its first and the place behind its last."""
+    code, labels, jumps, exits = [], {}, [], []
+    for line in text.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = len(code)
+        elif found := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[\dT]+\s+)?([A-Z][\w.]*)([^;]*);", line):
+            name, operands = found.groups()
+            instruction = Instruction(name, operands, name.split(".")[0])
+            if instruction.kind == "BRA" and (target := re.search(r"`\((\.L_x_\d+)\)", operands)):
+                jumps.append((len(code), target[1]))
+            elif instruction.kind == "EXIT":
+                exits.append(len(code))
+            code.append(instruction)
+    places = ((labels[target], place) for place, target in jumps if target in labels)
+    loops = [(first, last + 1) for first, last in places if first < last]
+    # no loop: what waits for a barrier, in place or, so that it jumps back, after the end of the kernel
+    return code, [(a, b) for a, b in loops if b - a > 8 and bisect_left(exits, a) == bisect_left(exits, b)]
 
 
 class Needs(NamedTuple):
@@ -73,29 +98,19 @@ class Code:
     def __init__(self, text: str, warps: int, tensor_memory: list[int] | None = None):
         """``tensor_memory``: multiply-adds of every tcgen05 product, whose instructions do not say their shape."""
         self.warps, self.tensor_memory = warps, tensor_memory or []
-        self.code, labels, jumps = [], {}, []
-        for line in text.splitlines():
-            if label := re.match(r"(\.L_x_\d+):", line):
-                labels[label[1]] = len(self.code)
-            elif found := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[\dT]+\s+)?([A-Z][\w.]*)([^;]*);", line):
-                instruction = Instruction(*found.groups())
-                if instruction.kind == "BRA" and (target := re.search(r"`\((\.L_x_\d+)\)", instruction.operands)):
-                    jumps.append((len(self.code), target[1]))
-                self.code.append(instruction)
-        places = ((labels[target], place) for place, target in jumps if target in labels)
-        loops = [(first, last + 1) for first, last in places if first < last]
-        # no loop: what waits for a barrier, in place or, so that it jumps back, after the end of the kernel
-        self.loops = [(a, b) for a, b in loops if b - a > 8 and not any(x.kind == "EXIT" for x in self.code[a:b])]
+        self.code, self.loops = _parse(text)
 
     @cached_property
     def hot(self) -> list[Instruction]:
+        counts = [0, *accumulate(x.kind in MATRIX for x in self.code)]
+
         def matrix(loop: tuple[int, int]) -> int:
-            return sum(x.kind in MATRIX for x in self.code[slice(*loop)])
+            return counts[loop[1]] - counts[loop[0]]
 
         def inside(a: tuple[int, int], b: tuple[int, int]) -> bool:
             return a != b and b[0] <= a[0] and a[1] <= b[1]
 
-        products = any(x.kind in MATRIX for x in self.code)
+        products = counts[-1] > 0
         loops = [loop for loop in self.loops if matrix(loop) or not products]
         loops = [loop for loop in loops if not any(inside(other, loop) for other in loops)]
         return self.code[slice(*max(loops, key=lambda loop: (matrix(loop), loop[1] - loop[0])))] if loops else self.code
