@@ -22,7 +22,7 @@ endif
 
 help:
 	@echo "make test    set up once, run the tests, a worker per core        TEST='-k streaming' passes arguments to pytest"
-	@echo "make bench   set up once, measure for three minutes       BENCH=--full is everything, BENCH=--help lists the options"
+	@echo "make bench   set up once, measure within three minutes    BENCH=--full is everything, BENCH=--help lists the options"
 	@echo "make demo    set up once, draw photo.png: a photograph, its groups, where one token attends"
 	@echo "make train   set up once, train a small CrossFormer on digits TRAIN='--help' lists the options"
 	@echo "make gpu     set up once, everything that needs a GPU       GPU='--part sweep' is a share, GPU='--help' lists them"

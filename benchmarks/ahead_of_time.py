@@ -298,7 +298,7 @@ LAUNCHERS += ("pooled_attention.kernels", "pooled_attention.pool_kernels")
 
 
 def _launchers() -> dict[str, tuple[object, dict[str, str]]]:
-    """By operator with Triton kernels: its module, and what the schema has as options, with their types."""
+    """The module and the schema's options, with their types, of every operator that has Triton kernels."""
     modules = [importlib.import_module(f"vitkernels.{name}") for name in LAUNCHERS]
     found = {}
     for qualified in torch._C._dispatch_get_all_op_names():
@@ -312,7 +312,7 @@ def _launchers() -> dict[str, tuple[object, dict[str, str]]]:
 
 
 def compile_variants(capability: int) -> dict[str, object]:
-    """Which variants the compiler's front end refuses, and which options of the operators no variant has asked for."""
+    """The variants that the compiler's front end refuses, and the options of operators that no variant asks for."""
     refused, seen, launchers = {}, defaultdict(set), _launchers()
 
     def recorded(name: str, options: dict[str, str], launcher: Callable) -> Callable:

@@ -121,7 +121,7 @@ MVITS: dict[str, tuple[Callable, tuple[int, ...], int]] = {
 
 
 class Operators(TorchDispatchMode):
-    """Which operators of vitkernels run within it."""
+    """A block that records the names of the operators of vitkernels that run in it."""
 
     def __init__(self):
         super().__init__()
@@ -627,7 +627,7 @@ def test_a_mask_that_is_stored_for_another_map():
 
 @pytest.mark.parametrize("part", ["softmax", "attn_drop"])
 def test_hooks_of_what_the_kernel_stands_for(part):
-    """Those that look at the attention weights: the block runs as before."""
+    """A block runs as before if a hook looks at the attention weights."""
     block = swin_block()
     accelerate(block)
     shapes = []

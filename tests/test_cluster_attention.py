@@ -279,7 +279,7 @@ def test_an_order_that_is_no_permutation_is_refused(backend):
 
 @compiled
 def test_unchecked_orders_stay_inside_the_tensors(backend):
-    """Of the images around the one with the wrong order every bit is as it would be, and NaN around is not read."""
+    """Images beside one with a wrong order keep every bit, and NaN around the tensors is not read."""
     device = DEVICE[backend]
     around = torch.full((5, 60, 3, 2, 8), float("nan"), device=device)
     qkv = around[1:4, 20:40]

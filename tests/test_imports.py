@@ -48,7 +48,7 @@ ALLOWED = {
     "mvit": {"_blocks", "_checks", "_layer", "pooled_attention"},
     "checkpoints": {"_blocks", "_checks", "boat", "crossformer", "maxvit", "mvit"},
     # integrations call operators from modules of others, whose parts they read by the rule that layers have
-    "recipe": _OPERATORS | {"_layer"},
+    "recipe": _OPERATORS | {"_layer", "partition_attention.reference"},
     "swin": _OPERATORS | {"_layer", "partition_attention.module", "recipe"},
     "integrations.crossformer": _OPERATORS | {"_layer", "position_bias.module", "recipe"},
     "integrations.maxvit": _OPERATORS | {"_layer", "recipe"},

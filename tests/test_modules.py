@@ -624,7 +624,7 @@ def test_convolutions_are_traced_with_weights_that_learn(tmp_path):
 
 
 def test_layers_share_one_compiled_graph():
-    """That parts may be read is asked of every layer, and tells layers of one make not apart."""
+    """Asking each layer whether its parts may be read makes no graphs of their own for layers of one make."""
     torch.compiler.reset()
     counter = torch._dynamo.testing.CompileCounter()
     call = torch.compile(lambda layer, x: layer(x), backend=counter, fullgraph=True)

@@ -356,7 +356,12 @@ def unfenced(capability: int) -> bool:
     """Whether tensor cores could read rows that are fetched ahead before they are there: those of sm_90 to sm_119 read
     shared memory past the order of a thread's copies, unless the compiler fences them, as Triton does from 3.7.1 on.
     """
-    return 90 <= capability < 120 and tuple(map(int, re.findall(r"\d+", triton.__version__)[:3])) < (3, 7, 1)
+    return 90 <= capability < 120 and _release(triton.__version__) < (3, 7, 1)
+
+
+@lru_cache  # at every launch
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", version)[:3]))
 
 
 def launch(kernel, programs: int, device: torch.device, *arguments, **keywords) -> None:

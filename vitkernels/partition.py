@@ -186,7 +186,7 @@ class Partition:
         return (y * width + x).where(inside, -1)
 
     def places(self, height: int, width: int, device=None) -> Tensor:
-        """Where `index` has every token of the map, ``[H, W]`` int64: its group times N, and its place in the group."""
+        """Position of every token of the map in a flattened `index`, ``[H, W]`` int64."""
         (gy, gx), (ay, ax), (sy, sx) = self._axes(height, width)
         _, rx = self.regions(height, width)
         y = divided(torch.arange(height, device=device)[:, None] + (height - sy), height)[1]
@@ -201,6 +201,11 @@ class Partition:
         index = self.index(height, width, device)
         y, x = divided(index, width)
         return torch.stack((y < self.shift[0], x < self.shift[1]), -1) & (index >= 0)[..., None]
+
+
+def whole(size: tuple[int, int], sides: tuple[int, int]) -> tuple[int, int]:
+    """Size of the smallest map that holds one of ``size`` and is a multiple of ``sides``, in tokens."""
+    return tuple(ceil_div(n, side) * side for n, side in zip(size, sides))
 
 
 def pad(x: Tensor, height: int, width: int) -> Tensor:  # [B, H, W, ...] -> [B, height, width, ...]

@@ -26,6 +26,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .._layer import as_made
 from ..partition import Partition
 from ..partition_attention import partition_attention_qkvpacked
+from ..partition_attention.reference import relative_position_index
 
 Pair = tuple[int, int]  # (height, width) in tokens
 
@@ -184,10 +185,7 @@ def check_index(part: nn.Module, group: Pair) -> None:
     index = getattr(part, "relative_position_index", None)
     if index is None:
         return
-    h, w = group
-    place = torch.arange(h * w, device=index.device)
-    y, x = place // w, place % w
-    rows = (y[:, None] - y + h - 1) * (2 * w - 1) + x[:, None] - x + w - 1
+    rows = relative_position_index(group, index.device)
     expect_values("relative_position_index", index.flatten(), rows.flatten(), f"groups of {times(group)} have")
 
 

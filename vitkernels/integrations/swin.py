@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._layer import bias_from_table
-from .._sizes import above, ceil_div, surely
-from ..partition import Partition, crop, pad
+from .._sizes import above, surely
+from ..partition import Partition, crop, pad, whole
 from ..partition_attention import partition_attention
 from ..partition_attention.module import in_windows
 from .recipe import (
@@ -101,7 +101,7 @@ def _timm_attn(block: nn.Module, x: Tensor) -> Tensor | None:  # [B, H, W, C]
     """The shift, then zeros below and to the right."""
     height, width = x.shape[1:3]
     window, shift = tuple(block.window_size), tuple(block.shift_size)
-    padded = _padded((height, width), window)
+    padded = whole((height, width), window)
     if not takes_maps(block.attn) or not _own_mask(block, padded):
         return None
     partition = Partition.window(window, shift)
@@ -120,12 +120,7 @@ def _own_mask(block: nn.Module, padded: Pair) -> bool:
 
 
 def _padded_resolution(block: nn.Module) -> Pair:
-    return _padded(pair_of(block.input_resolution, "input_resolution"), pair_of(block.window_size, "window_size"))
-
-
-def _padded(size: Pair, window: Pair) -> Pair:
-    """The smallest map of whole windows that holds one of ``size``."""
-    return tuple(ceil_div(n, g) * g for n, g in zip(size, window))
+    return whole(pair_of(block.input_resolution, "input_resolution"), pair_of(block.window_size, "window_size"))
 
 
 def _torchvision_attention(attn: nn.Module, x: Tensor) -> Tensor | None:  # [B, H, W, C]
@@ -162,7 +157,7 @@ def _microsoft_block(block: nn.Module, x: Tensor, *masks: object, **others: obje
     padding = hasattr(block, "H")
     height, width = (block.H, block.W) if padding else block.input_resolution
     window, shift = (block.window_size,) * 2, (block.shift_size,) * 2
-    padded = _padded((height, width), (block.window_size,) * 2)
+    padded = whole((height, width), (block.window_size,) * 2)
     usual = not others and (len(masks) == 1 if padding else not masks and padded == (height, width))
     if not usual or not takes_maps(block.attn) or x.shape[1] != height * width:
         return None
@@ -270,7 +265,7 @@ def _of_microsoft(block: nn.Module) -> Iterator[tuple]:
         yield (random(1, height * width, block.dim),)
         return
     for block.H, block.W in _sizes((window, window)):
-        padded = _padded((block.H, block.W), (window, window))
+        padded = whole((block.H, block.W), (window, window))
         x = random(1, block.H * block.W, block.dim)
         yield x, shift_mask(Partition.window(window, shift), *padded, x)
 

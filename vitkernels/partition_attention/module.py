@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from .. import _checks
 from .._layer import AttentionLayer, LocalPosition, bias_from_table
-from .._sizes import above, ceil_div, larger, smaller
-from ..partition import Partition, Size, as_pair, crop, pad
+from .._sizes import above, larger, smaller, surely
+from ..partition import Partition, Size, as_pair, crop, pad, whole
 from ..position_bias import DynamicPositionBias
 from .op import lsda_attention, partition_attention_qkvpacked
 
@@ -74,7 +74,7 @@ class LongShortDistanceAttention(AttentionLayer):
         self.pos = DynamicPositionBias(dim, heads, residual=residual)
 
     def _partition(self, height: int, width: int) -> Partition:
-        if self.small_size is None:
+        if self.small_size is None or all(surely(n > s) for n, s in zip((height, width), self.small_size)):
             return self.partition
         partition = self.partition.on(height, width)
         several = above(height, self.small_size[0]) * above(width, self.small_size[1])  # 0 where the map is small
@@ -94,9 +94,9 @@ class LongShortDistanceAttention(AttentionLayer):
         if self.padding == "masked":
             return self._merge(self._attend(x, partition))
         partition = partition.on(height, width)
-        sides = (g * i for g, i in zip(partition.group, partition.interval))
-        whole = (ceil_div(n, side) * side for n, side in zip((height, width), sides))
-        return self._merge(crop(self._attend(pad(x, *whole), partition), height, width))
+        sides = tuple(g * i for g, i in zip(partition.group, partition.interval))
+        padded = pad(x, *whole((height, width), sides))
+        return self._merge(crop(self._attend(padded, partition), height, width))
 
     def _attend(self, x: Tensor, partition: Partition) -> Tensor:  # [B, H, W, C] -> [B, H, W, heads, head_dim]
         sizes = {"group_size": partition.group, "interval": partition.interval}
@@ -133,7 +133,7 @@ def in_windows(
     it, and what it makes of them is cut off.
     """
     height, width = x.shape[1:3]
-    padded = pad(x, *(ceil_div(n, w) * w for n, w in zip((height, width), window)))
+    padded = pad(x, *whole((height, width), window))
     out = attend(padded, Partition.window(window, shift))
     return out if padded is x else crop(out, height, width)
 
@@ -281,9 +281,7 @@ class CrossShapedWindowAttention(AttentionLayer):
         proj_drop: float = 0.0,
     ):
         super().__init__(dim, heads, qkv_bias=qkv_bias, scale=scale, proj_drop=proj_drop)
-        _checks.check_ints(stripe_width=stripe_width)
-        if stripe_width < 1:
-            raise ValueError(f"stripe_width must be at least 1, got {stripe_width}")
+        _checks.check_sizes(stripe_width=stripe_width)
         if heads % 2 and not last_stage:
             raise ValueError(f"heads must be even, half for each direction of the stripes, got {heads}")
         partitions = [Partition.stripes(stripe_width, vertical) for vertical in (True, False)]

@@ -243,7 +243,7 @@ def _inline(module: nn.Module, form: str, backend: str, partition: Partition) ->
     """Whether each program of the attention kernel evaluates the MLP, or a kernel of its own does."""
     if form not in ("auto", "table", "inline"):
         raise ValueError(f"form must be 'auto', 'table' or 'inline', got {form!r}")
-    possible = backend == "triton" and partition.tokens <= 64
+    possible = backend == "triton" and partition.tokens <= _SINGLE_TILE
     if form == "inline" and not possible:
         raise RuntimeError(
             "form='inline' evaluates the position MLP inside the Triton kernel, for groups of at most 64 tokens; "
