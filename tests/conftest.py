@@ -4,7 +4,6 @@ import copy
 import fcntl
 import gc
 import importlib.util
-import inspect
 import io
 import mmap
 import os
@@ -13,8 +12,9 @@ import shutil
 import subprocess
 import sysconfig
 from collections.abc import Callable, Iterable
-from functools import cache, lru_cache
-from types import ModuleType
+from dataclasses import replace
+from functools import lru_cache
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -45,24 +45,30 @@ def _interpreter_refusal() -> str | None:
 
 
 def _hasten_the_interpreter() -> None:
-    """Look up the builtin functions of Triton's language once, not at every call of a device function."""
+    """Put the interpreter into Triton's language once a launch, not once a call of a device function; look up what a
+    type is in NumPy once; leave out the arithmetic of a check for overflow that is never made.
+    """
     from triton.runtime import interpreter
 
-    if not hasattr(interpreter, "_patch_builtin") or not hasattr(interpreter, "_patch_attr"):
+    if not hasattr(interpreter, "_LangPatchScope"):
         return
-    is_builtin = interpreter.tl.core.is_builtin
+    core, patch = interpreter.tl.core, interpreter._patch_lang
+    everywhere = SimpleNamespace(__globals__={"tl": interpreter.tl, "core": core})
 
-    @cache
-    def builtins(package: object) -> list[str]:
-        return [name for name, member in inspect.getmembers(package) if is_builtin(member)]
+    def patch_language(function: object) -> object:
+        inside = not core.is_builtin(core.load)  # a device function of a launch, which undoes it all
+        return interpreter._LangPatchScope() if inside else patch(everywhere)
 
-    def patch_builtin(package: object, *how: object) -> None:
-        for name in builtins(package):
-            member = getattr(package, name)
-            if is_builtin(member):  # else it is patched already
-                interpreter._patch_attr(package, name, member, *how)
+    numpy_type, known = interpreter._get_np_dtype, {}
 
-    interpreter._patch_builtin = patch_builtin
+    def remembered(dtype: object) -> object:
+        if dtype.name not in known:
+            known[dtype.name] = numpy_type(dtype)
+        return known[dtype.name]
+
+    interpreter._patch_lang, interpreter._get_np_dtype = patch_language, remembered
+    options = replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
+    interpreter.interpreter_builder.options = options
 
 
 TRITON_REFUSAL = _interpreter_refusal()
