@@ -138,17 +138,19 @@ def triton_kernels(capability: int, names: Iterable[str]) -> list[Kernel]:
     import ahead_of_time
 
     found: dict[tuple[str, str], Kernel] = {}
-    for case in names:
-        about = ahead_of_time.cases(capability)[case]
-        for compiled in ahead_of_time.compile_launches(about.launch, capability):
-            metadata, taken = compiled.metadata, _resources(compiled.asm["cubin"])
-            code = _code(compiled.asm["cubin"], metadata.num_warps, compiled.asm["ttgir"])
-            launch = dict(registers=taken["REG"], spilled=taken["STACK"], shared=metadata.shared)
-            launch |= dict(tensor_memory=getattr(metadata, "tmem_size", 0), unfenced=unfenced(compiled.asm["ptx"]))
-            row = kernel(case, metadata.name.strip("_"), CHIPS[capability], code, about.padding, **launch)
-            before = found.get((case, row.name))
-            if before is None or (row.spilled, row.registers) > (before.spilled, before.registers):
-                found[case, row.name] = row
+    cases = {case: ahead_of_time.cases(capability)[case] for case in names}
+    made = [(case, one) for case in cases for one in ahead_of_time.compile_launches(cases[case].launch, capability)]
+    codes = [sass.machine_code(compiled.asm["cubin"])[compiled.metadata.name] for _, compiled in made]
+    texts, code_of = sass.disassemble(tools(), capability, codes), functools.cache(sass.Code)
+    for (case, compiled), code in zip(made, codes):
+        metadata, taken = compiled.metadata, _resources(compiled.asm["cubin"])
+        launch = dict(registers=taken["REG"], spilled=taken["STACK"], shared=metadata.shared)
+        launch |= dict(tensor_memory=getattr(metadata, "tmem_size", 0), unfenced=unfenced(compiled.asm["ptx"]))
+        read = code_of(texts[code], metadata.num_warps, _products(compiled.asm["ttgir"]))
+        row = kernel(case, metadata.name.strip("_"), CHIPS[capability], read, cases[case].padding, **launch)
+        before = found.get((case, row.name))
+        if before is None or (row.spilled, row.registers) > (before.spilled, before.registers):
+            found[case, row.name] = row
     return list(found.values())
 
 
@@ -158,17 +160,10 @@ def _resources(cubin: bytes) -> dict[str, int]:
         return sass.resources(tools(), Path(file.name))[0][1]
 
 
-@functools.cache  # several cases start one and the same kernel
-def _code(cubin: bytes, warps: int, ttgir: str) -> sass.Code:
-    with tempfile.NamedTemporaryFile() as file:
-        Path(file.name).write_bytes(cubin)
-        return sass.Code(sass.disassemble(tools(), Path(file.name)), warps, _products(ttgir))
-
-
-def _products(ttgir: str) -> list[int]:
+def _products(ttgir: str) -> tuple[int, ...]:
     """Multiply-adds of every tcgen05 product."""
     shapes = re.findall(r"tc_gen5_mma .*? : !ttg\.memdesc<(\d+)x(\d+)x\w+,.*?!ttg\.memdesc<(\d+)x(\d+)x", ttgir)
-    return [int(m) * int(k) * int(n) for m, k, _, n in shapes]
+    return tuple(int(m) * int(k) * int(n) for m, k, _, n in shapes)
 
 
 DTYPES = {"fp32": ("If", 4), "fp16": ("I6__half", 2), "bf16": ("I13__nv_bfloat16", 2)}  # in a kernel's name, bytes
@@ -205,12 +200,14 @@ def cuda_kernels(library: Path) -> dict[int, list[Kernel]]:
             capability = int(re.search(r"sm_(\d+)", cubin.name)[1])
             taken = dict(sass.resources(tools(), cubin))
             if taken and capability in CHIPS:
-                rows[capability] = list(_clustering(plan, CHIPS[capability], taken, sass.disassemble(tools(), cubin)))
+                codes = sass.machine_code(cubin.read_bytes())
+                texts = sass.disassemble(tools(), capability, codes.values())
+                kernels = {name: texts[code] for name, code in codes.items()}
+                rows[capability] = list(_clustering(plan, CHIPS[capability], taken, kernels))
     return dict(sorted(rows.items()))
 
 
-def _clustering(plan: Path, chip: Chip, taken: dict[str, dict[str, int]], text: str) -> Iterator[Kernel]:
-    kernels = dict(re.findall(r"\n\s*\.section\s+\.text\.(\w+),(.*?)(?=\n\s*\.section\s+\.text|\Z)", text, re.S))
+def _clustering(plan: Path, chip: Chip, taken: dict[str, dict[str, int]], kernels: dict[str, str]) -> Iterator[Kernel]:
     for (case, (tokens, features)), (dtype, (mangled, size)) in itertools.product(SIZES.items(), DTYPES.items()):
         command = [plan, *map(str, (tokens, features, size, (chip.shared - 1) * 1024))]
         planned = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()

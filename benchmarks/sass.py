@@ -6,13 +6,15 @@ where there is none it is the whole kernel.
 
 from __future__ import annotations
 
+import itertools
 import re
+import struct
 import subprocess
-from bisect import bisect_left
+import tempfile
+from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Iterator
-from functools import cache, cached_property, lru_cache
-from itertools import accumulate
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache, cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,23 +62,21 @@ def _registers(operands: str) -> frozenset[int]:
     return frozenset(int(number) for number in re.findall(r"\bR(\d+)\b", operands))
 
 
-@lru_cache(maxsize=4)  # a kernel that several cases start
 def _parse(text: str) -> tuple[list[Instruction], list[tuple[int, int]]]:
     """The instructions, and every loop: its first and the place behind its last."""
-    code, labels, jumps, exits = [], {}, [], []
+    code, places, jumps, exits = [], {}, [], []
     for line in text.splitlines():
-        if label := re.match(r"(\.L_x_\d+):", line):
-            labels[label[1]] = len(code)
-        elif found := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[\dT]+\s+)?([A-Z][\w.]*)([^;]*);", line):
-            name, operands = found.groups()
+        if found := re.search(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P[\dT]+\s+)?([A-Z][\w.]*)([^;]*);", line):
+            address, name, operands = found.groups()
             instruction = Instruction(name, operands, name.split(".")[0])
-            if instruction.kind == "BRA" and (target := re.search(r"`\((\.L_x_\d+)\)", operands)):
-                jumps.append((len(code), target[1]))
+            if instruction.kind == "BRA" and (target := re.search(r"\b0x([0-9a-f]+)", operands)):
+                jumps.append((len(code), int(target[1], 16)))
             elif instruction.kind == "EXIT":
                 exits.append(len(code))
+            places[int(address, 16)] = len(code)
             code.append(instruction)
-    places = ((labels[target], place) for place, target in jumps if target in labels)
-    loops = [(first, last + 1) for first, last in places if first < last]
+    targets = ((places[target], place) for place, target in jumps if target in places)
+    loops = [(first, last + 1) for first, last in targets if first < last]
     # no loop: what waits for a barrier, in place or, so that it jumps back, after the end of the kernel
     return code, [(a, b) for a, b in loops if b - a > 8 and bisect_left(exits, a) == bisect_left(exits, b)]
 
@@ -93,16 +93,16 @@ class Needs(NamedTuple):
 
 
 class Code:
-    """Instructions of a kernel, from ``nvdisasm -c``."""
+    """Instructions of a kernel, from ``disassemble``."""
 
-    def __init__(self, text: str, warps: int, tensor_memory: list[int] | None = None):
+    def __init__(self, text: str, warps: int, tensor_memory: Sequence[int] = ()):
         """``tensor_memory``: multiply-adds of every tcgen05 product, whose instructions do not say their shape."""
-        self.warps, self.tensor_memory = warps, tensor_memory or []
+        self.warps, self.tensor_memory = warps, tensor_memory
         self.code, self.loops = _parse(text)
 
     @cached_property
     def hot(self) -> list[Instruction]:
-        counts = [0, *accumulate(x.kind in MATRIX for x in self.code)]
+        counts = [0, *itertools.accumulate(x.kind in MATRIX for x in self.code)]
 
         def matrix(loop: tuple[int, int]) -> int:
             return counts[loop[1]] - counts[loop[0]]
@@ -183,9 +183,34 @@ class Code:
         return most * lanes, round(sum(behind) / max(1, len(behind))) * lanes
 
 
-def disassemble(tools: Path, cubin: Path) -> str:
-    """The code, without an analysis of data flow, which it does not change."""
-    return subprocess.run([tools / "nvdisasm", "-c", "-ndf", cubin], capture_output=True, text=True, check=True).stdout
+def machine_code(cubin: bytes) -> dict[str, bytes]:
+    """The code of every kernel of an ELF file, by name."""
+    (table,), (size, count, names) = struct.unpack_from("<Q", cubin, 40), struct.unpack_from("<3H", cubin, 58)
+    headers = [struct.unpack_from("<2I4Q", cubin, table + i * size) for i in range(count)]  # name, .., offset, length
+    found = {}
+    for name, *_, offset, length in headers:
+        start = headers[names][4] + name
+        title = cubin[start : cubin.index(0, start)].decode()
+        if title.startswith(".text."):
+            found[title.removeprefix(".text.")] = cubin[offset : offset + length]
+    return found
+
+
+def disassemble(tools: Path, capability: int, codes: Iterable[bytes]) -> dict[bytes, str]:
+    """The text of every kernel's code. They go through the disassembler at once, which takes longer to start than to
+    read them; so an address is one in all of them.
+    """
+    unique = list(dict.fromkeys(codes))
+    chip = f"SM{capability}a" if capability >= 90 else f"SM{capability}"
+    with tempfile.NamedTemporaryFile() as file:
+        Path(file.name).write_bytes(b"".join(unique))
+        command = [tools / "nvdisasm", "--no-dataflow", "--binary", chip, file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    ends, lines = [*itertools.accumulate(map(len, unique))], [[] for _ in unique]
+    for line in text.splitlines():
+        if address := re.match(r"\s*/\*([0-9a-f]{4,})\*/", line):
+            lines[bisect_right(ends, int(address[1], 16))].append(line)
+    return {code: "\n".join(own) for code, own in zip(unique, lines)}
 
 
 def resources(tools: Path, cubin: Path) -> list[tuple[str, dict[str, int]]]:

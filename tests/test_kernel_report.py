@@ -21,12 +21,16 @@ def report(sass):
 
 
 def text(*lines: str) -> str:
-    """As the disassembler writes it."""
-    code = (
-        line if line.startswith(".L") else f"        /*{i * 16:04x}*/                   {line} ;"
-        for i, line in enumerate(lines)
-    )
-    return "\n".join(code)
+    """As the disassembler writes it, with an address for every label."""
+    code = [line for line in lines if not line.startswith(".L")]
+    labels, address = {}, 0
+    for line in lines:
+        if line.startswith(".L"):
+            labels[line.rstrip(":")] = f"0x{address:x}"
+        else:
+            address += 16
+    written = (re.sub(r"`\((.*?)\)", lambda found: labels[found[1]], line) for line in code)
+    return "\n".join(f"        /*{i * 16:04x}*/                   {line} ;" for i, line in enumerate(written))
 
 
 FILLER = ["IADD3 R90, R91, R92, RZ"] * 9
@@ -87,7 +91,7 @@ def test_tensor_memory_products_come_from_the_intermediate_code(sass, report):
         "ttng.tc_gen5_mma %a, %b, %c[], %f, %t {is_async} : !ttg.memdesc<64x32xbf16, #s, #smem, mutable>, "
         "!ttg.memdesc<32x64xbf16, #s, #smem>, !ttg.memdesc<64x64xf32, #tmem>"
     )
-    assert report._products(ttgir) == [64 * 32 * 64]
+    assert report._products(ttgir) == (64 * 32 * 64,)
     code = sass.Code(text(*lines, *loop, "EXIT"), 4, [64 * 32 * 64] * 2)
     assert code.needs.multiply_adds == 2 * 64 * 32 * 64 * 3 // 4 and code.matrix == "3 tcgen05"
 
