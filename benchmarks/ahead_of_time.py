@@ -23,11 +23,12 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
+from triton.compiler.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 
 class _Enough(Exception):
-    """The rest of the compiler is the same for all variants, and slow."""
+    """What else the compiler would do is the same for all variants, and slow."""
 
 
 class _Driver:
@@ -313,7 +314,15 @@ def _launchers() -> dict[str, tuple[object, dict[str, str]]]:
 
 def compile_variants(capability: int) -> dict[str, object]:
     """The variants that the compiler's front end refuses, and the options of operators that no variant asks for."""
-    refused, seen, launchers = {}, defaultdict(set), _launchers()
+    refused, seen, launchers, make_ir, known = {}, defaultdict(set), _launchers(), ASTSource.make_ir, set()
+
+    def make_once(source: ASTSource, target: GPUTarget, options: object, *rest: object) -> object:
+        key = source.hash(), options.hash()
+        if key in known:
+            raise _Enough
+        made = make_ir(source, target, options, *rest)
+        known.add(key)
+        return made
 
     def recorded(name: str, options: dict[str, str], launcher: Callable) -> Callable:
         def call(*values):
@@ -324,6 +333,7 @@ def compile_variants(capability: int) -> dict[str, object]:
         return call
 
     with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(ASTSource, "make_ir", make_once))
         stack.enter_context(mock.patch.object(CUDABackend, "make_ttgir", side_effect=_Enough))
         for name, (module, options) in launchers.items():
             stack.enter_context(mock.patch.object(module, name, recorded(name, options, getattr(module, name))))

@@ -153,7 +153,7 @@ def built(once) -> Callable[..., ModuleType]:
         pytest.skip("no C++ compiler")
     root = pathlib.Path(__file__).parents[1]
     includes = [pybind11.get_include(), sysconfig.get_paths()["include"], str(root / "csrc")]
-    common = "-std=c++17 -O1 -shared -fPIC -fvisibility=hidden".split() + [f"-I{path}" for path in includes]
+    common = "-std=c++17 -Og -shared -fPIC -fvisibility=hidden".split() + [f"-I{path}" for path in includes]
 
     def module(name: str, *flags: str, variant: str = "") -> ModuleType:
         command = [compiler, *common, *flags, str(root / "tests" / "cpp" / f"{name}.cpp"), "-o"]
