@@ -28,7 +28,7 @@ from triton.runtime.jit import JITFunction
 
 
 class _Enough(Exception):
-    """What else the compiler would do is the same for all variants, and slow."""
+    """What the compiler would still do is done already, or the same for all variants and slow."""
 
 
 class _Driver:

@@ -138,8 +138,8 @@ def triton_kernels(capability: int, names: Iterable[str]) -> list[Kernel]:
     import ahead_of_time
 
     found: dict[tuple[str, str], Kernel] = {}
-    cases = {case: ahead_of_time.cases(capability)[case] for case in names}
-    made = [(case, one) for case in cases for one in ahead_of_time.compile_launches(cases[case].launch, capability)]
+    cases = ahead_of_time.cases(capability)
+    made = [(case, one) for case in names for one in ahead_of_time.compile_launches(cases[case].launch, capability)]
     codes = [sass.machine_code(compiled.asm["cubin"])[compiled.metadata.name] for _, compiled in made]
     texts, code_of = sass.disassemble(tools(), capability, codes), functools.cache(sass.Code)
     for (case, compiled), code in zip(made, codes):
@@ -306,7 +306,7 @@ def main(argv: list[str] | None = None) -> int:
     except ImportError as error:
         parser.error(f"{error}: the kernels cannot be compiled without Triton")
     if args.json:
-        gc.disable()  # a process of one use, which ends before it would run short
+        gc.disable()  # this process ends before garbage fills the memory
         names = fnmatch.filter(ahead_of_time.cases(args.chip[0]), args.case)
         print(json.dumps([row._asdict() for row in triton_kernels(args.chip[0], names)]))
         return 0

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 LANES = 32  # of a warp
+BYTES = 16  # of an instruction
 # what runs on the pipe of float32 multiply-adds, and what on none of the arithmetic pipes
 MULTIPLY_ADD = ("FFMA", "FADD", "FMUL", "IMAD", "HFMA2", "HADD2", "HMUL2")
 ELSEWHERE = tuple(
@@ -186,9 +187,9 @@ class Code:
 def machine_code(cubin: bytes) -> dict[str, bytes]:
     """The code of every kernel of an ELF file, by name."""
     (table,), (size, count, names) = struct.unpack_from("<Q", cubin, 40), struct.unpack_from("<3H", cubin, 58)
-    headers = [struct.unpack_from("<2I4Q", cubin, table + i * size) for i in range(count)]  # name, .., offset, length
+    headers = [struct.unpack_from("<2I4Q", cubin, table + i * size) for i in range(count)]
     found = {}
-    for name, *_, offset, length in headers:
+    for name, _kind, _flags, _address, offset, length in headers:
         start = headers[names][4] + name
         title = cubin[start : cubin.index(0, start)].decode()
         if title.startswith(".text."):
@@ -197,19 +198,25 @@ def machine_code(cubin: bytes) -> dict[str, bytes]:
 
 
 def disassemble(tools: Path, capability: int, codes: Iterable[bytes]) -> dict[bytes, str]:
-    """The text of every kernel's code. They go through the disassembler at once, which takes longer to start than to
-    read them; so an address is one in all of them.
+    """The text of every kernel, by its code.
+
+    All go through the disassembler at once, because it takes longer to start than to read them. Addresses count from
+    the first kernel's start.
     """
     unique = list(dict.fromkeys(codes))
+    if not unique:
+        return {}
     chip = f"SM{capability}a" if capability >= 90 else f"SM{capability}"
     with tempfile.NamedTemporaryFile() as file:
         Path(file.name).write_bytes(b"".join(unique))
         command = [tools / "nvdisasm", "--no-dataflow", "--binary", chip, file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    ends, lines = [*itertools.accumulate(map(len, unique))], [[] for _ in unique]
+    ends, lines = [*itertools.accumulate(map(len, unique))], [[] for _ in (*unique, "behind them")]
     for line in text.splitlines():
         if address := re.match(r"\s*/\*([0-9a-f]{4,})\*/", line):
             lines[bisect_right(ends, int(address[1], 16))].append(line)
+    if [len(own) * BYTES for own in lines] != [*map(len, unique), 0]:
+        raise RuntimeError(f"{command[0]} wrote {sum(map(len, lines))} instructions of {ends[-1] / BYTES:g}")
     return {code: "\n".join(own) for code, own in zip(unique, lines)}
 
 

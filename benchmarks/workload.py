@@ -147,13 +147,15 @@ class Contract:
         return self.judge(self.workload.tensors(contender, self.gradients))
 
     def judge(self, tensors: dict[str, Tensor]) -> str | None:
-        """Why these are not right, or None."""
-        for name, found in tensors.items():
-            if found.shape != self.truth[name].shape:
-                return f"{name} has shape {list(found.shape)}, expected {list(self.truth[name].shape)}"
-            error = self._error(name, found)
-            if not error <= self.bounds[name]:  # a NaN is refused too
-                return f"{name} is off by {error:.2e}, allowed {self.bounds[name]:.2e}"
+        """Why these are not right, each that is not, or None."""
+        return "; ".join(filter(None, (self._wrong(*named) for named in tensors.items()))) or None
+
+    def _wrong(self, name: str, found: Tensor) -> str | None:
+        if found.shape != self.truth[name].shape:
+            return f"{name} has shape {list(found.shape)}, expected {list(self.truth[name].shape)}"
+        error = self._error(name, found)
+        if not error <= self.bounds[name]:  # a NaN is refused too
+            return f"{name} is off by {error:.2e}, allowed {self.bounds[name]:.2e}"
         return None
 
 

@@ -45,8 +45,10 @@ def _interpreter_refusal() -> str | None:
 
 
 def _hasten_the_interpreter() -> None:
-    """Put the interpreter into Triton's language once a launch, not once a call of a device function; look up what a
-    type is in NumPy once; leave out the arithmetic of a check for overflow that is never made.
+    """Put the interpreter into Triton's language once a launch, not once a call of a device function.
+
+    A type's counterpart in NumPy is looked up once. What a check for overflow would need, which is never made, is not
+    computed.
     """
     from triton.runtime import interpreter
 
@@ -56,7 +58,9 @@ def _hasten_the_interpreter() -> None:
     everywhere = SimpleNamespace(__globals__={"tl": interpreter.tl, "core": core})
 
     def patch_language(function: object) -> object:
-        inside = not core.is_builtin(core.load)  # a device function of a launch, which undoes it all
+        inside = not core.is_builtin(
+            core.load
+        )  # a device function: its launch has patched the language, and restores it
         return interpreter._LangPatchScope() if inside else patch(everywhere)
 
     numpy_type, known = interpreter._get_np_dtype, {}

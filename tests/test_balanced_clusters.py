@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from contract import leaf_of, photograph_features
-from levels import LEVELS, run_at
+from levels import LEVELS, run_at, supported
 
 import vitkernels
 from vitkernels import FeatureSpaceAttention, balanced_clusters
@@ -227,7 +227,7 @@ def test_every_vector_level_gives_the_same_leaves():
         pytest.skip(vitkernels._native.cpu.reason)
     code = "import torch, vitkernels; torch.manual_seed(0); x = torch.randn(2, 196, 3, 20)\n"
     code += "print(vitkernels.balanced_clusters(x).view(2, 3, 4, 49).sort(-1).values.flatten().tolist())"
-    assert len({run_at(level, code) for level in LEVELS}) == 1
+    assert len({run_at(level, code) for level in filter(supported, LEVELS)}) == 1
 
 
 @backends

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib
 import json
+import re
 import sys
 import warnings
 from dataclasses import replace
@@ -404,7 +405,8 @@ def test_gate_accepts_every_mvit_baseline(bench, layer, kind, dtype):
     for name in workload.baselines.keys() & set(PLAIN):
         objection = objection_to(workload.build(name))
         unwritten = layer.startswith("v1") and not convolves_volumes(dtype)
-        assert objection is None or (unwritten and objection.startswith("convolution gradient")), name
+        only = re.fullmatch("convolution gradient is off by [^;]*", objection or "")
+        assert objection is None or (unwritten and only), (name, objection)
 
 
 MVIT_OPERATORS = [f"{name}_{way}" for name in ("pool_tokens", "pooled_attention") for way in ("forward", "backward")]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import re
+import struct
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,17 +22,17 @@ def report(sass):
     return importlib.import_module("kernel_report")
 
 
-def text(*lines: str) -> str:
-    """As the disassembler writes it, with an address for every label."""
+def text(*lines: str, first: int = 0) -> str:
+    """As the disassembler writes it from an address on, with an address for every label."""
     code = [line for line in lines if not line.startswith(".L")]
-    labels, address = {}, 0
+    labels, address = {}, first
     for line in lines:
         if line.startswith(".L"):
             labels[line.rstrip(":")] = f"0x{address:x}"
         else:
             address += 16
     written = (re.sub(r"`\((.*?)\)", lambda found: labels[found[1]], line) for line in code)
-    return "\n".join(f"        /*{i * 16:04x}*/                   {line} ;" for i, line in enumerate(written))
+    return "\n".join(f"        /*{first + i * 16:04x}*/                   {line} ;" for i, line in enumerate(written))
 
 
 FILLER = ["IADD3 R90, R91, R92, RZ"] * 9
@@ -48,6 +50,48 @@ def test_the_innermost_loop_with_products_is_hot(sass):
     assert [x.kind for x in code.hot] == ["HMMA", *["IADD3"] * 9, "BRA"]
     assert code.matrix == "1 mma.sync"
     assert sass.Code(text(*FILLER, "EXIT"), 4).hot == sass.Code(text(*FILLER, "EXIT"), 4).code
+
+
+@pytest.mark.parametrize(
+    "branch",
+    [
+        *("BRA {}", "@!UP0 BRA {}", "BRA P1, {}", "BRA.U !UP0, {}", "BRA.DIV UR4, {}"),
+        "BRA.U UP0, {}              &req={{4,3,1}}             ?trans5",
+    ],
+)
+def test_every_form_of_a_branch_closes_a_loop(sass, branch):
+    """Also behind other kernels."""
+    lines = [*FILLER, ".L_x_0:", "MUFU.EX2 R7, R7", *FILLER, branch.format("`(.L_x_0)"), "EXIT"]
+    code = sass.Code(text(*lines, first=0x1FFE0), 4)
+    assert [x.kind for x in code.hot] == ["MUFU", *["IADD3"] * 9, "BRA"]
+
+
+def elf(sections: dict[str, bytes]) -> bytes:
+    """As much of a file as says where its sections are."""
+    sections = {"": b"", ".shstrtab": b"\0".join(map(str.encode, ["", ".shstrtab", *sections])) + b"\0"} | sections
+    names, body, headers = sections[".shstrtab"], b"", b""
+    for name, content in sections.items():
+        place = names.index(name.encode() + b"\0") if name else 0
+        headers += struct.pack("<2I4Q2I2Q", place, 1, 0, 0, 64 + len(body), len(content), 0, 0, 1, 0)
+        body += content
+    return struct.pack("<40xQ10x3H", 64 + len(body), 64, len(sections), 1) + body + headers
+
+
+def test_code_of_every_kernel_is_disassembled_at_once(sass, tmp_path):
+    cubin = elf({".text.b": bytes(32), ".nv.info": b"7" * 5, ".text._a": b"1" * 48})
+    assert sass.machine_code(cubin) == {"b": bytes(32), "_a": b"1" * 48}
+    tool = tmp_path / "nvdisasm"
+    tool.write_text(f"#!{sys.executable}\nprint({text('NOP', 'EXIT', 'MOV R1, R2', 'BRA 0x20', 'EXIT')!r})")
+    tool.chmod(0o755)
+    codes = [*sass.machine_code(cubin).values()]
+    texts = sass.disassemble(tmp_path, 80, [*codes, codes[0]])
+    assert [[x.kind for x in sass.Code(texts[code], 1).code] for code in codes] == [
+        ["NOP", "EXIT"],
+        ["MOV", "BRA", "EXIT"],
+    ]
+    assert sass.disassemble(tmp_path, 80, []) == {}
+    with pytest.raises(RuntimeError, match="wrote 5 instructions of 2"):
+        sass.disassemble(tmp_path, 80, codes[:1])
 
 
 def test_units(sass):
@@ -175,6 +219,12 @@ def test_help_says_what_it_is_for(report, capsys):
     with pytest.raises(SystemExit):
         report.main(["--help"])
     assert re.search(r"--write\s+write docs/kernels.md", capsys.readouterr().out)
+
+
+def test_a_chip_may_lack_the_case(report, capsys):
+    pytest.importorskip("triton")
+    assert report.main(["--chip", "86", "--case", "16 tokens*", "--json"]) == 0
+    assert capsys.readouterr().out == "[]\n"
 
 
 def test_unknown_cases_are_refused(report, capsys):
