@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
@@ -132,7 +133,10 @@ class Contract:
         self.truth = workload.double().tensors(reference, gradients)
         low = workload.tensors(reference, gradients)
         rounding = 2 * torch.finfo(next(iter(low.values())).dtype).eps
-        self.bounds = {k: 2 * self._error(k, low[k]) + rounding * x.abs().max().item() for k, x in self.truth.items()}
+        errors = {k: self._error(k, low[k]) for k in self.truth}
+        # no measure where PyTorch leaves a gradient unwritten, as some of depthwise convolutions on CPUs with AMX
+        errors = {k: error if math.isfinite(error) else 0.0 for k, error in errors.items()}
+        self.bounds = {k: 2 * errors[k] + rounding * x.abs().max().item() for k, x in self.truth.items()}
 
     def _error(self, name: str, found: Tensor) -> float:
         return (found.double() - self.truth[name]).abs().max().item()

@@ -13,17 +13,17 @@ LEVELS = ("avx512", "avx2", "default")  # the best first
 ROOT = Path(__file__).parents[1]
 
 
-def run_at(level: str, code: str, *arguments: str) -> str:
+def run_at(level: str, code: str) -> str:
     """What Python prints for ``code``, in a process of its own, with the vectors of ``level`` ("": as they are)."""
     if not level:
-        return _run({}, code, *arguments)
+        return _run({}, code)
     check = f"from vitkernels import _native\nassert _native.capability() == {level!r}, _native.capability()\n"
-    return _run({"VITKERNELS_CPU_CAPABILITY": level}, check + code, *arguments)
+    return _run({"VITKERNELS_CPU_CAPABILITY": level}, check + code)
 
 
-def _run(variables: dict[str, str], code: str, *arguments: str) -> str:
+def _run(variables: dict[str, str], code: str) -> str:
     environment = os.environ | variables | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
-    command = [sys.executable, "-c", code, *arguments]
+    command = [sys.executable, "-c", code]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout.strip()

@@ -409,6 +409,30 @@ def test_gate_accepts_every_mvit_baseline(bench, layer, kind, dtype):
         assert objection is None or (unwritten and only), (name, objection)
 
 
+def test_a_reference_that_is_not_finite_is_no_measure(bench):
+    """Two roundings are allowed then, and a NaN of a contender is refused as ever."""
+    exact = torch.randn(8, dtype=torch.float64)
+    found = {"reference": exact * float("nan"), "right": exact, "wrong": 1.1 * exact, "nan": exact * float("nan")}
+
+    class Stand:
+        def __init__(self, dtype=torch.bfloat16):
+            self.dtype = dtype
+
+        def double(self):
+            return Stand(torch.float64)
+
+        def build(self, name):
+            return name.removeprefix("vitkernels-")
+
+        def tensors(self, name, gradients):
+            return {"out": exact if self.dtype == torch.float64 else found[name].to(self.dtype)}
+
+    contract = bench.workload.Contract(Stand(), True)
+    assert contract.objection("right") is None
+    assert "out is off by nan, allowed" in contract.objection("nan")
+    assert re.fullmatch(r"out is off by \d\S*, allowed \d\S*", contract.objection("wrong"))
+
+
 MVIT_OPERATORS = [f"{name}_{way}" for name in ("pool_tokens", "pooled_attention") for way in ("forward", "backward")]
 MVIT_CPU = pytest.param(
     "cpu", marks=pytest.mark.skipif(not has_cpu_kernels(*MVIT_OPERATORS), reason="the C++ library was not built")
