@@ -17,6 +17,7 @@ import torch
 import vitkernels
 
 triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
 ROOT = Path(__file__).parents[1]
 
 
@@ -93,3 +94,64 @@ PTX = {  # what stands between copies and products: whether a fence is missing
 def test_a_missing_fence_is_seen(monkeypatch, ptx, expected):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     assert importlib.import_module("kernel_report").unfenced(ptx.replace("; ", ";\n")) == expected
+
+
+class _Kernel:
+    """Stands for a kernel of Triton's: what it compiled, and what the compiled kernels were started with."""
+
+    arg_names = ["rows", "count", "scale", "BLOCK"]
+
+    def __init__(self) -> None:
+        self.compiled, self.started = [], []
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **keywords: self.compiled.append((grid, arguments, keywords)) or _Compiled(self)
+
+
+class _Compiled:
+    def __init__(self, kernel: _Kernel) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        return lambda *arguments: self.kernel.started.append((grid, arguments))
+
+
+def _launch(kernel: _Kernel, programs: int = 3, x=None, strides=(4, 1), count=16, scale=0.5, **settings) -> tuple:
+    from vitkernels import _triton
+
+    rows = torch.zeros(8) if x is None else x, *strides
+    keywords = dict(num_warps=4, BLOCK=tl.constexpr(32), scale=scale, count=count) | settings
+    _triton.launch(kernel, programs, torch.device("cpu"), rows, **keywords)
+    return rows
+
+
+def test_a_launch_alike_goes_straight_to_the_compiled_kernel():
+    kernel = _Kernel()
+    _launch(kernel)
+    rows = _launch(kernel, 5, torch.ones(8), scale=1.0)
+    ((grid, arguments),) = kernel.started
+    assert len(kernel.compiled) == 1 and grid == (5, 1, 1)
+    assert arguments[0] is rows and arguments[1:3] == (16, 1.0) and arguments[3].value == 32
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"x": torch.zeros(8, dtype=torch.float16)},
+        {"x": torch.zeros(9)[1:]},  # not aligned
+        {"strides": (4, 2)},
+        {"strides": (4, 1, 1)},
+        {"strides": (4, None)},
+        {"count": 17},
+        {"scale": 1},
+        {"BLOCK": tl.constexpr(64)},
+        {"num_warps": 8},
+        {"num_stages": 2},
+    ],
+    ids=lambda other: next(iter(other)),
+)
+def test_a_launch_that_is_not_alike_is_compiled(other):
+    kernel = _Kernel()
+    _launch(kernel)
+    _launch(kernel, **other)
+    assert len(kernel.compiled) == 2 and not kernel.started

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import NamedTuple
@@ -16,6 +17,7 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 LARGEST_HEAD = 128  # elements
+REMEMBERED = 4096  # kinds of calls for which what only their layout decides is kept
 SHIFT_PENALTY = tl.constexpr(-100.0)  # added to the logit of a pair that only the shift brought together
 
 
@@ -36,6 +38,7 @@ class Geometry(NamedTuple):
     shifted: tl.constexpr
 
     @classmethod
+    @lru_cache(REMEMBERED)
     def of(cls, height: int, width: int, group_h, group_w, interval_h, interval_w, shift_h, shift_w) -> Geometry:
         starts = (_starts(height, group_h, interval_h), _starts(width, group_w, interval_w))
         ragged = tl.constexpr(height % (group_h * interval_h) + width % (group_w * interval_w) > 0)
@@ -85,7 +88,13 @@ class Rows(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor, spec: Spec) -> Rows:
-        return cls(x, *(stride // spec.UNIT.value if size > 1 else 0 for size, stride in zip(x.shape, x.stride()[:4])))
+        return cls(x, *_in_units(x.shape, x.stride(), spec.UNIT.value))
+
+
+@lru_cache(REMEMBERED)
+def _in_units(shape: tuple[int, ...], strides: tuple[int, ...], unit: int) -> tuple[int, ...]:
+    """Strides but the last, of axes along which there is a step."""
+    return tuple(stride // unit if size > 1 else 0 for size, stride in zip(shape[:-1], strides))
 
 
 class Spec(NamedTuple):
@@ -100,13 +109,22 @@ class Spec(NamedTuple):
 
     @classmethod
     def of(cls, *tensors: Tensor) -> Spec:
-        head_dim, unit = tensors[0].shape[-1], 16 // tensors[0].element_size()
-        strides = (stride for x in tensors for size, stride in zip(x.shape[:4], x.stride()) if size > 1)
-        aligned = all(n % unit == 0 for n in strides) and all(x.data_ptr() % 16 == 0 for x in tensors)
-        wide = any(sum((n - 1) * s for n, s in zip(x.shape[1:3], x.stride()[1:3])) + head_dim >= 2**31 for x in tensors)
-        block = max(16, triton.next_power_of_2(head_dim))
+        layouts = tuple((x.shape, x.stride(), x.data_ptr() % 16) for x in tensors)
         swaps = not INTERPRETED and 90 <= capability(tensors[0].device) < 120
-        return cls(*map(tl.constexpr, (unit if aligned else 1, wide, head_dim, block, input_precision(), swaps)))
+        return cls._of(layouts, tensors[0].element_size(), input_precision(), swaps)
+
+    @classmethod
+    @lru_cache(REMEMBERED)
+    def _of(cls, layouts: tuple, element_size: int, precision: str, swaps: bool) -> Spec:
+        """``layouts``: shape, strides and what the address is off a multiple of 16 bytes."""
+        head_dim, unit = layouts[0][0][-1], 16 // element_size
+        strides = (stride for shape, steps, _ in layouts for size, stride in zip(shape[:4], steps) if size > 1)
+        aligned = all(n % unit == 0 for n in strides) and not any(off for *_, off in layouts)
+        wide = any(
+            sum((n - 1) * s for n, s in zip(shape[1:3], steps[1:3])) + head_dim >= 2**31 for shape, steps, _ in layouts
+        )
+        constants = unit if aligned else 1, wide, head_dim, max(16, power_of_2(head_dim)), precision, swaps
+        return cls(*map(tl.constexpr, constants))
 
 
 class Call(NamedTuple):
@@ -132,6 +150,11 @@ class Call(NamedTuple):
     @property
     def heads(self) -> int:
         return self.example.shape[3]
+
+
+def power_of_2(n: int) -> int:
+    """The lowest power of 2 that is not below ``n``. (Triton's own takes microseconds outside a kernel.)"""
+    return 1 << (n - 1).bit_length()
 
 
 def input_precision() -> str:
@@ -359,16 +382,51 @@ def unfenced(capability: int) -> bool:
     return 90 <= capability < 120 and _release(triton.__version__) < (3, 7, 1)
 
 
-@lru_cache  # at every launch
+@lru_cache
 def _release(version: str) -> tuple[int, ...]:
     return tuple(map(int, re.findall(r"\d+", version)[:3]))
 
 
+_compiled: dict[tuple, tuple[object, list[str], object]] = {}  # for `launch`
+
+
 def launch(kernel, programs: int, device: torch.device, *arguments, **keywords) -> None:
-    """Start so many programs, with settings that are safe on the device. All kernels start here."""
+    """Start so many programs, with settings that are safe on the device. All kernels start here.
+
+    Triton looks its kernel up by every argument, which takes longer than many a kernel runs. Here a launch that is
+    alike in all that a kernel is compiled for goes straight to it.
+    """
     if not INTERPRETED and unfenced(capability(device)):
         keywords["num_stages"] = 1
-    kernel[(programs,)](*arguments, **keywords)
+    key = [id(kernel), device, *keywords]
+    _add_kinds(arguments, key)
+    _add_kinds(keywords.values(), key)
+    key = tuple(key)
+    if found := _compiled.get(key):
+        compiled, names, _ = found
+        compiled[programs, 1, 1](*arguments, *map(keywords.__getitem__, names))
+    elif (compiled := kernel[(programs,)](*arguments, **keywords)) is not None:  # not interpreted
+        if len(_compiled) >= REMEMBERED:
+            _compiled.clear()
+        # with the kernel, so that no other one gets its id
+        _compiled[key] = compiled, kernel.arg_names[len(arguments) :], kernel
+
+
+def _add_kinds(values: Iterable, kinds: list) -> None:
+    """What a kernel is compiled for, and more: integers whole, of tensors the dtype and the alignment."""
+    for x in values:
+        kind = type(x)
+        if kind is int or x is None:
+            kinds.append(x)
+        elif kind is tl.constexpr:
+            kinds.append(x.value)
+        elif isinstance(x, tuple):
+            kinds.append(len(x))
+            _add_kinds(x, kinds)
+        elif isinstance(x, Tensor):
+            kinds += x.dtype, x.data_ptr() % 16
+        else:
+            kinds.append(float if kind is float else x)
 
 
 def on(device: torch.device) -> AbstractContextManager:

@@ -28,6 +28,8 @@ Derived = Union[Size, None, Tuple[Optional[int], Optional[int]]]  # None: derive
 
 def as_pair(value: Derived, name: str, least: int, derived: bool = False) -> tuple:
     """``value`` as (height, width); each an int >= ``least``, or None (the map decides) where ``derived`` allows it."""
+    if type(value) is int and value >= least:
+        return value, value
     pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
     if len(pair) != 2:
         raise ValueError(f"{name} must be one int or (height, width), got {shown(value)}")
@@ -101,21 +103,21 @@ class Partition:
 
     def on(self, height: int, width: int) -> Partition:
         """This partition on a map of ``height`` x ``width`` tokens: derived sizes made concrete, the shift checked."""
-        axes = []
-        for length, group, interval, shift in zip((height, width), self.group, self.interval, self.shift):
-            group = larger(ceil_div(length, interval), 1) if group is None else group
-            interval = larger(ceil_div(length, group), 1) if interval is None else interval
-            if surely(shift == 0):
-                axes.append((group, interval, 0))
-                continue
-            if length % (group * interval):
+        lengths, concrete = (height, width), self
+        if any(size is None for size in (*self.group, *self.interval)):
+            sizes = []
+            for length, group, interval in zip(lengths, self.group, self.interval):
+                group = larger(ceil_div(length, interval), 1) if group is None else group
+                sizes.append((group, larger(ceil_div(length, group), 1) if interval is None else interval))
+            concrete = Partition(*zip(*sizes), self.shift)
+        for length, group, interval, shift in zip(lengths, concrete.group, concrete.interval, self.shift):
+            if not surely(shift == 0) and length % (group * interval):
                 raise ValueError(
                     f"a shift needs a map that is a multiple of group * interval: got a {height} x {width} map, "
                     f"group {self.group}, interval {self.interval}, shift {self.shift}; "
                     "pad the map first (WindowAttention does)"
                 )
-            axes.append((group, interval, shift))
-        return Partition(*zip(*axes))
+        return concrete
 
     @property
     def tokens(self) -> int:

@@ -30,6 +30,7 @@ from .._triton import (
     matmul,
     node_start,
     on,
+    power_of_2,
     refusal,
     store_rows,
     tokens_at,
@@ -126,7 +127,7 @@ def _cluster_attention_backward(
 
 def _tile(tokens: int) -> int:
     """Tokens of a tile that holds so many."""
-    return max(16, triton.next_power_of_2(tokens))
+    return max(16, power_of_2(tokens))
 
 
 def _heavy(x: Tensor) -> bool:
@@ -137,7 +138,7 @@ def _heavy(x: Tensor) -> bool:
 def _forward_settings(call: Call) -> dict[str, int]:
     """Tiles and warps. The run of keys is cut where the padding is least: 69 are 64 and 16."""
     queries, run = _tile(call.tree.largest), call.tree.largest + call.overlap
-    keys = max(16, triton.next_power_of_2(run) // 2)
+    keys = max(16, power_of_2(run) // 2)
     tiles = {"QUERIES": queries, "KEYS": keys, "REST": _tile(run - keys)}
     return tiles if INTERPRETED else tiles | {"num_warps": 8 if _heavy(call.example) else queries // 16}
 

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._sizes import ceil_div
 from .._triton import (
     INTERPRETED,
     LOG2E,
@@ -254,7 +255,7 @@ def _launch(kernel, programs: int, *rows, call: Call, **arguments) -> None:
 
 def forward(call: Call, lse: Tensor) -> None:
     """``call`` on q, k, v and out."""
-    tiles = triton.cdiv(call.tree.largest, BLOCK)
+    tiles = ceil_div(call.tree.largest, BLOCK)
     _launch(_streamed_cluster_attention_forward, call.leaves * tiles, *call.rows, call=call, p_lse=lse, tiles=tiles)
 
 
@@ -262,8 +263,8 @@ def backward(call: Call, lse: Tensor) -> None:
     """``call`` on dout, q, k, v, dq, dk and dv."""
     *inputs, dq, dk, dv = call.rows
     delta, total = torch.empty_like(lse), torch.empty_like(lse) if call.example.dtype == lse.dtype else None
-    arguments, tiles = dict(call=call, statistics=Statistics(lse, delta, total)), triton.cdiv(call.tree.largest, BLOCK)
+    arguments, tiles = dict(call=call, statistics=Statistics(lse, delta, total)), ceil_div(call.tree.largest, BLOCK)
     _launch(_streamed_cluster_attention_backward_query, call.leaves * tiles, *inputs, dq, **arguments, tiles=tiles)
-    own, shared = triton.cdiv(call.tree.largest - call.overlap, BLOCK), triton.cdiv(2 * call.overlap, BLOCK)
+    own, shared = ceil_div(call.tree.largest - call.overlap, BLOCK), ceil_div(2 * call.overlap, BLOCK)
     arguments.update(own=own, shared=shared, tiles=min(2, 1 << call.tree.levels) * own + shared)
     _launch(_streamed_cluster_attention_backward_key, call.pairs * arguments["tiles"], *inputs, dk, dv, **arguments)

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._sizes import ceil_div
 from .._triton import (
     INTERPRETED,
     Call,
@@ -34,6 +35,7 @@ from .._triton import (
     pair_bias,
     pair_logits,
     place,
+    power_of_2,
     processors,
     refusal,
     store_rows,
@@ -59,7 +61,7 @@ class Bias(NamedTuple):
     @classmethod
     def of(cls, table: Tensor | None, mlp: list[Tensor], residual: bool, tiles: Tensor | None) -> Bias:
         width = mlp[0].shape[0] if mlp else 0
-        constants = map(tl.constexpr, (width, max(16, triton.next_power_of_2(width)), residual))
+        constants = map(tl.constexpr, (width, max(16, power_of_2(width)), residual))
         return cls(table, tuple(mlp), tiles, *constants)
 
 
@@ -201,7 +203,7 @@ def _fold_bias_gradient(
 
 def _tile(tokens: int) -> int:
     """Tokens of a tile that holds the whole group."""
-    return max(16, triton.next_power_of_2(tokens))
+    return max(16, power_of_2(tokens))
 
 
 def _settings(kernel, call: Call) -> dict[str, int]:
@@ -242,7 +244,7 @@ def _launch(kernel, call: Call, bias: Tensor | None, mlp: list[Tensor], residual
     x, settings, tile = call.example, _settings(kernel, call), _tile(call.tokens)
     warps = 4 * (16384 // (32 * settings.get("maxnreg", 256)))  # that fit the four quarters of a multiprocessor
     resident = warps // settings.get("num_warps", 4)
-    workers = min(call.tasks, triton.cdiv(processors(x.device) * resident, call.heads))
+    workers = min(call.tasks, ceil_div(processors(x.device) * resident, call.heads))
     tiles = None
     if bias is not None or mlp:
         tiles = x.new_empty(workers, call.heads, tile, tile, dtype=accumulation_dtype(x))
@@ -256,7 +258,7 @@ def _fold(partial: Tensor, dbias: Tensor, geometry: Geometry) -> None:
     """``dbias`` from partial sums [parts, heads, side, side]."""
     parts, heads, side, _ = partial.shape
     offsets, lanes = (64, 128) if INTERPRETED else (1, 1024)  # the interpreter's cost is its number of programs
-    programs = heads * triton.cdiv(dbias[0].numel(), offsets)
+    programs = heads * ceil_div(dbias[0].numel(), offsets)
     arguments = partial, dbias, geometry, parts, heads
     launch(_fold_bias_gradient, programs, partial.device, *arguments, SIDE=side, OFFSETS=offsets, LANES=lanes)
 

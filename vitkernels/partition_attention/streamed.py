@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._sizes import ceil_div
 from .._triton import (
     INTERPRETED,
     Call,
@@ -240,7 +241,7 @@ def _launch(kernel, programs: int, *rows, call: Call, **arguments) -> None:
 
 def _programs(call: Call) -> int:
     """One for every tile of tokens, of every group and head."""
-    return call.tasks * triton.cdiv(call.tokens, BLOCK) * call.heads
+    return call.tasks * ceil_div(call.tokens, BLOCK) * call.heads
 
 
 def forward(call: Call, bias: Tensor | None, lse: Tensor) -> None:
@@ -257,9 +258,9 @@ def backward(call: Call, bias: Tensor | None, lse: Tensor) -> Tensor | None:  # 
     _launch(_streamed_attention_backward_key, _programs(call), *inputs, dk, dv, **arguments)
     if bias is None:
         return None
-    heads, side = call.heads, triton.cdiv(call.tokens, BLOCK)
-    pairs = heads * side * triton.cdiv(call.tokens, STEP)
-    shares = min(call.tasks, triton.cdiv(4 * processors(lse.device), pairs))
+    heads, side = call.heads, ceil_div(call.tokens, BLOCK)
+    pairs = heads * side * ceil_div(call.tokens, STEP)
+    shares = min(call.tasks, ceil_div(4 * processors(lse.device), pairs))
     partial = lse.new_empty(shares, heads, side * BLOCK, side * BLOCK)
     arguments.update(p_partial=partial, tasks=call.tasks)
     _launch(_streamed_attention_backward_bias, shares * pairs, *inputs, **arguments)

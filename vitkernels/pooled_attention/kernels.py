@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 
+from .._sizes import ceil_div
 from .._triton import INTERPRETED, Rows, Spec, accumulation_dtype, capability, launch, on, processors, refusal
 from . import positions, streamed
 from .positions import Layout
@@ -82,7 +82,7 @@ class Call(NamedTuple):
     def launch(self, kernel, planes: int, tokens: int, *rows, crowded: bool = False, **arguments) -> None:
         """A program for every head and every tile of ``tokens`` of a plane."""
         settings, device = _settings(self.rows[0].pointer, crowded), self.rows[0].pointer.device
-        programs = planes * triton.cdiv(tokens, settings["BLOCK"]) * self.sizes.heads
+        programs = planes * ceil_div(tokens, settings["BLOCK"]) * self.sizes.heads
         launch(kernel, programs, device, *rows, **arguments, **self.arguments, **settings)
 
 
@@ -117,9 +117,9 @@ def pooled_attention_forward(
 def _share(q: Tensor, k: Tensor) -> int:
     """Queries that a program of the key kernel takes: all, or fewer where tiles of keys would leave processors idle."""
     settings = _settings(k)
-    tiles = k.shape[0] * k.shape[2] * triton.cdiv(k.shape[1], settings["BLOCK"])
-    steps = triton.cdiv(q.shape[1], settings["STEP"])
-    return settings["STEP"] * triton.cdiv(steps, max(1, 2 * processors(q.device) // tiles))
+    tiles = k.shape[0] * k.shape[2] * ceil_div(k.shape[1], settings["BLOCK"])
+    steps = ceil_div(q.shape[1], settings["STEP"])
+    return settings["STEP"] * ceil_div(steps, max(1, 2 * processors(q.device) // tiles))
 
 
 def pooled_attention_backward(
@@ -148,7 +148,7 @@ def pooled_attention_backward(
     batch, queries, heads, _ = q.shape
     with on(q.device):
         terms, share = _terms(tables, indices), _share(q, k)
-        parts = triton.cdiv(queries, share)
+        parts = ceil_div(queries, share)
         sums = (dk, dv) if parts == 1 else q.new_empty(2, parts * batch, *k.shape[1:], dtype=wide).unbind()
         call = Call.of(q, k, terms, q_thw, k_thw, has_cls, scale, dout, q, k, v, dq, *sums)
         *inputs, rows_dq, rows_dk, rows_dv = call.rows

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._sizes import ceil_div
 from .._triton import (
     INTERPRETED,
     Rows,
@@ -82,8 +83,8 @@ class Tiles(NamedTuple):
     @classmethod
     def of(cls, size: Sequence[int], run: int) -> Tiles:
         run = min(run, size[2])
-        runs = triton.cdiv(size[2], run)
-        return cls(tuple(size), runs, triton.cdiv(size[0] * size[1] * runs, RUNS), tl.constexpr(run))
+        runs = ceil_div(size[2], run)
+        return cls(tuple(size), runs, ceil_div(size[0] * size[1] * runs, RUNS), tl.constexpr(run))
 
 
 class Runs(NamedTuple):
@@ -527,7 +528,7 @@ class Call(NamedTuple):
     def part(self) -> int:
         """Elements of a head that a tile holds: all of them, or 32 where those have less padding."""
         whole = self.spec.BLOCK_D.value
-        return 32 if triton.cdiv(self.x.shape[-1], 32) * 32 < whole else whole
+        return 32 if ceil_div(self.x.shape[-1], 32) * 32 < whole else whole
 
     @property
     def whole(self) -> bool:
@@ -543,7 +544,7 @@ class Call(NamedTuple):
         """
         tiles, part = Tiles.of(size, run), min(part, self.spec.BLOCK_D.value)
         arguments = dict(pooling=self.pooling, tiles=tiles, heads=self.x.shape[2], M=RUNS)
-        arguments |= dict(PARTS=triton.cdiv(self.x.shape[-1], part))
+        arguments |= dict(PARTS=ceil_div(self.x.shape[-1], part))
         arguments |= dict(SPEC=self.spec._replace(BLOCK_D=tl.constexpr(part)))
         if not INTERPRETED:
             arguments |= dict(num_warps=RUNS * part // 256, num_stages=1, maxnreg=2048 // warps // 8 * 8)
@@ -602,7 +603,7 @@ def _backward_taps(call: Call, dpooled, x, dweight: Tensor) -> None:
     """Nine taps of an element take 72 registers: twelve warps, and short runs. Parts are independent here."""
     tasks, arguments = call.tiling(call.pooling.pooled, 1 if call.heavy else 2, 32, 12)
     lines = max(1, WIDEST // call.pooling.WIDTH.value)
-    groups = triton.cdiv(call.pooling.lines, lines)
+    groups = ceil_div(call.pooling.lines, lines)
     together = groups * arguments["PARTS"]
     workers = max(1, call.programs(tasks * together, 12, arguments) // together)
     partial = dweight.new_empty(workers, *dweight.shape[::-1])
@@ -643,7 +644,7 @@ def pool_tokens_backward(
             _backward_pooled(call, *rows[:4], norm_weight, dnorm, eps)
         if weight is not None:
             _backward_taps(call, rows[2], rows[1], dweight)
-        lattice = [triton.cdiv(n, s) for n, s in zip(thw, stride)]
+        lattice = [ceil_div(n, s) for n, s in zip(thw, stride)]
         tasks, arguments = call.tiling(lattice, 2 if maximum else 4, call.part, 16)
         programs = tasks * math.prod(stride) * arguments["PARTS"]
         launch(_pool_tokens_backward_input, programs, x.device, *rows[2:], call.taps, **arguments)

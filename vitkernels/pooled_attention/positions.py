@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._sizes import ceil_div
 from .._triton import (
     INTERPRETED,
     Rows,
@@ -45,7 +46,7 @@ class Divisor(NamedTuple):
     @classmethod
     def of(cls, by: int) -> Divisor:
         shift = 30 + (by - 1).bit_length()
-        return cls(by, triton.cdiv(1 << shift, by), shift)
+        return cls(by, ceil_div(1 << shift, by), shift)
 
 
 class Columns(NamedTuple):
@@ -93,8 +94,8 @@ class Layout(NamedTuple):
     def of(cls, terms: Sequence[Tensor | None], q_thw, k_thw, has_cls: bool, heads: int) -> Layout:
         """Parts of a multiple of 16 columns. The last run goes on to the end, with zeros."""
         wanted = sum(keys for term, keys in zip(terms, k_thw) if term is not None)
-        parts = triton.cdiv(wanted, WIDEST)
-        width = 16 * triton.cdiv(wanted, 16) if parts == 1 else WIDEST
+        parts = ceil_div(wanted, WIDEST)
+        width = 16 * ceil_div(wanted, 16) if parts == 1 else WIDEST
         volume, before, column, starts, runs = q_thw[0] * q_thw[1] * q_thw[2], 1, 0, [], []
         for i, (term, queries, keys) in enumerate(zip(terms, q_thw, k_thw)):
             before *= queries
@@ -211,7 +212,7 @@ def forward(q: Tensor, terms: Sequence[Tensor | None], layout: Layout) -> Tensor
     for run in layout.runs:
         maps = _heads_as_rows(q), _terms_as_rows(terms[run.term].contiguous()[None])
         spec, (rows, columns) = Spec.of(*maps), _run_columns(products, layout, run)
-        tiles = triton.cdiv(run.axis.sharing, settings["BLOCK"])
+        tiles = ceil_div(run.axis.sharing, settings["BLOCK"])
         arguments = *(Rows.of(x, spec) for x in maps), rows, run.axis, tiles
         programs = batch * run.axis.queries * tiles
         launch(_relative_products, programs, q.device, *arguments, SPEC=spec, COLUMNS=columns, **settings)
@@ -232,8 +233,8 @@ def backward(
     partials = [term if term is None else term.new_empty(0) for term in terms]
     for run in layout.runs:
         term, axis = terms[run.term].contiguous(), run.axis
-        tiles = triton.cdiv(axis.sharing, settings["BLOCK"])
-        shares = min(q.shape[0] * tiles, triton.cdiv(4 * processors(q.device), axis.queries))
+        tiles = ceil_div(axis.sharing, settings["BLOCK"])
+        shares = min(q.shape[0] * tiles, ceil_div(4 * processors(q.device), axis.queries))
         if axis.first == 0:
             partials[run.term] = term.new_empty(shares, *term.shape)
         maps = *map(_heads_as_rows, (q, dq)), *map(_terms_as_rows, (term[None], partials[run.term]))

@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import dot, launch
+from .._sizes import ceil_div
+from .._triton import dot, launch, power_of_2
 
 EPS = tl.constexpr(1e-5)
 LARGEST = 128  # hidden width, and heads
@@ -293,7 +294,7 @@ def refusal(mlp: Sequence[Tensor]) -> str | None:
 
 def block(size: int) -> int:
     """Lanes of a tile that hold ``size`` values: a power of two, at least the 16 that a matrix product takes."""
-    return max(16, triton.next_power_of_2(size))
+    return max(16, power_of_2(size))
 
 
 def _constants(mlp: Sequence[Tensor], residual: bool) -> dict[str, int | bool]:
@@ -306,7 +307,7 @@ def dynamic_position_bias_forward(mlp: Sequence[Tensor], residual: bool, group_h
     """The table ``[heads, 2Gh-1, 2Gw-1]``, in one launch."""
     mlp = tuple(parameter.contiguous() for parameter in mlp)
     table = mlp[0].new_empty(mlp[13].shape[0], 2 * group_h - 1, 2 * group_w - 1)
-    programs, arguments = triton.cdiv(table[0].numel(), OFFSETS), (table, mlp, group_h, group_w)
+    programs, arguments = ceil_div(table[0].numel(), OFFSETS), (table, mlp, group_h, group_w)
     launch(_dynamic_position_bias_forward, programs, table.device, *arguments, **_constants(mlp, residual))
     return table
 
@@ -317,13 +318,13 @@ def dynamic_position_bias_backward(
     """The gradients of the 14 parameters, in two launches: partial sums, then their sum in a fixed order."""
     mlp = tuple(parameter.contiguous() for parameter in mlp)
     sizes = tuple(parameter.numel() for parameter in mlp)
-    programs = min(triton.cdiv(dtable[0].numel(), OFFSETS), PROGRAMS)
+    programs = min(ceil_div(dtable[0].numel(), OFFSETS), PROGRAMS)
     partial = mlp[0].new_empty(programs, sum(sizes))
     settings = _constants(mlp, residual) | dict(num_warps=4 if mlp[0].shape[0] <= 32 else 8)
     arguments = dtable.contiguous(), partial, mlp, group_h, group_w
     launch(_dynamic_position_bias_backward, programs, partial.device, *arguments, **settings)
     gradients = tuple(torch.empty_like(parameter) for parameter in mlp)
     lanes, arguments = 32, (partial, gradients, sizes, programs, sum(sizes))
-    settings = dict(BLOCK_PROGRAMS=triton.next_power_of_2(programs), BLOCK=lanes)
-    launch(_sum_partials, triton.cdiv(sum(sizes), lanes), partial.device, *arguments, **settings)
+    settings = dict(BLOCK_PROGRAMS=power_of_2(programs), BLOCK=lanes)
+    launch(_sum_partials, ceil_div(sum(sizes), lanes), partial.device, *arguments, **settings)
     return list(gradients)
