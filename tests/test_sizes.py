@@ -1,5 +1,7 @@
 """One graph, one exported program, one file for maps of all sizes: they divide or not, or are smaller than a group."""
 
+import importlib.util
+
 import pytest
 import torch
 from torch import nn
@@ -14,6 +16,7 @@ from vitkernels import (
     MultiScaleAttention,
     Partition,
     WindowAttention,
+    _dispatch,
     partition_attention_qkvpacked,
     use_backend,
 )
@@ -100,6 +103,21 @@ def test_two_graphs_at_most_serve_all_sizes(name):
 def test_two_graphs_at_most_serve_all_sizes_in_the_reference():
     with use_backend("reference"):
         assert graphs(LAYERS["grid"](), "eager") <= 2
+
+
+@pytest.mark.parametrize("name", ["window", "clusters", "pooled", "position bias"])
+def test_a_graph_asks_nothing_that_torch_2_11_does_not_trace(name, monkeypatch):
+    """As if this were that torch, whose functions for both questions are opaque to torch.compile."""
+    for module, question in ((torch.amp, "is_autocast_available"), (importlib.util, "find_spec")):
+        monkeypatch.setattr(module, question, torch.compiler.disable(getattr(module, question)))
+    torch._dynamo.reset()
+    layer = LAYERS[name]()
+
+    def run(x):
+        return layer(x) if _dispatch.absent("triton") is None else layer(x) + 0
+
+    x = torch.randn(1, 4, 4, layer.dim)
+    torch.testing.assert_close(torch.compile(run, fullgraph=True, backend="eager")(x), run(x))
 
 
 @pytest.mark.parametrize("name", LAYERS)
