@@ -208,19 +208,23 @@ def build(run: Run, until: float) -> None:
     """Both libraries, in place, for this GPU alone; a dry run only looks whether they are there."""
     begun, tail = time.monotonic(), []
     if not run.dry:
-        cuda = "1" if _nvcc() else "0"
-        if cuda == "0":
+        attempts = ["1", "0"] if _nvcc() else ["0"]  # where the CUDA library fails, the C++ library is still to come
+        if attempts == ["0"]:
             run.record.add(Step("build", "CUDA library", "skipped", "nvcc is neither on PATH nor in /usr/local/cuda"))
-        more = {"VITKERNELS_NATIVE": "1", "VITKERNELS_CUDA": cuda, "TORCH_CUDA_ARCH_LIST": run.capability}
         with tempfile.TemporaryDirectory() as folder:
             # without pyproject.toml, which only a recent setuptools reads; the libraries land in the package
             for name in ("setup.py", "csrc", "vitkernels"):
                 (Path(folder) / name).symlink_to(ROOT / name)
             command = python("setup.py", "-q", "build_ext", "--inplace", "--build-temp", ROOT / "build" / "gpu")
-            why = every_line(command, until, tail.append, cwd=folder, **more)
-        errors = [line.strip() for line in tail if re.search(r"\berror\b", line, re.I)]
-        if why:
-            run.record.add(Step("build", "libraries", "FAILED", (errors or [why])[0], time.monotonic() - begun))
+            more = {"VITKERNELS_NATIVE": "1", "TORCH_CUDA_ARCH_LIST": run.capability}
+            for cuda in attempts:
+                why = every_line(command, until, tail.append, cwd=folder, VITKERNELS_CUDA=cuda, **more)
+                if not why:
+                    break
+                errors = [line.strip() for line in tail if re.search(r"\berror\b", line, re.I)]
+                step = "libraries" if cuda == "1" else "C++ library"
+                run.record.add(Step("build", step, "FAILED", (errors or [why])[0], time.monotonic() - begun))
+                tail.clear()
     found: list[str] = []
     why = every_line(python("-m", "vitkernels", "info"), until, found.append)
     backends = [" ".join(line.split()) for line in found if line.startswith("backend")]

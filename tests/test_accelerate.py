@@ -1174,12 +1174,13 @@ FAMILIES = {
 each_family = pytest.mark.parametrize("family", FAMILIES)
 
 
-def example(family: str) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
-    """An accelerated model, images, and the logits that it had before."""
+def example(family: str, device: str = "cpu") -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    """A model accelerated on its device, images, and the logits that it had before."""
     make, size = FAMILIES[family]
     torch.manual_seed(0)
     model, images = make().eval(), torch.randn(2, *size)
     randomise(model)
+    model, images = model.to(device), images.to(device)
     with torch.no_grad():
         expected = model(images)
     assert accelerate(model).replaced
@@ -1341,8 +1342,7 @@ def test_onnx(family, tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @each_family
 def test_cuda_graphs(family):
-    model, images, _ = example(family)
-    model, images = model.cuda(), images.cuda()
+    model, images, _ = example(family, "cuda")
 
     def step():
         with torch.no_grad():

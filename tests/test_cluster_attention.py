@@ -293,7 +293,8 @@ def test_unchecked_orders_stay_inside_the_tensors(backend):
     right = torch.arange(20, device=device).repeat(3, 2, 1)
     expected = run(right)
     for spoiled in spoiled_orders(20):
-        order = torch.cat((right[:1].to(spoiled), spoiled.to(device).flip(0)))  # wrong in the second of three images
+        spoiled = spoiled.to(device)
+        order = torch.cat((right[:1].to(spoiled), spoiled.flip(0)))  # wrong in the second of three images
         named = order[1].clamp(0, 19).long()  # tokens of the image whose rows are written
         for found, whole in zip(run(order), expected):
             assert torch.equal(found[::2], whole[::2])

@@ -113,17 +113,24 @@ def test_bad_options_are_refused_in_a_line(gpu, tmp_path, capsys):
     assert broken.read_text() == "{"  # what is there stays
 
 
-def test_a_build_that_fails_is_a_row(gpu, run, monkeypatch, tmp_path):
-    monkeypatch.setattr(gpu, "_nvcc", lambda: None)
+@pytest.mark.parametrize("nvcc", [None, "nvcc"])
+def test_a_build_that_fails_is_a_row(gpu, run, monkeypatch, tmp_path, nvcc):
+    """Without nvcc the C++ library; with it the CUDA library, after which the other one is built alone."""
+    monkeypatch.setattr(gpu, "_nvcc", lambda: nvcc)
     broken = tmp_path / "setup.py"
-    broken.write_text("import sys; print('x.cpp:3: error: no such thing'); sys.exit(1)")
+    broken.write_text(
+        "import os, sys; print('x.cpp:3: error: no such thing');"
+        f"open({str(tmp_path / 'built')!r}, 'a').write(os.environ['VITKERNELS_CUDA'])\n"
+        f"sys.exit(os.environ['VITKERNELS_CUDA'] == {'1' if nvcc else '0'!r})"
+    )
     monkeypatch.setattr(
         gpu, "python", lambda *a: [sys.executable, *map(str, (broken, *a[1:]) if a[0] == "setup.py" else a)]
     )
     gpu.build(run, soon())
     found = dict(steps(run))
-    assert found["CUDA library"] == "skipped" and found["libraries"] == "FAILED" and found["backend reference"] == "ok"
-    reasons = [step["reason"] for step in run.record.results["steps"] if step["step"] == "libraries"]
+    assert found["libraries" if nvcc else "C++ library"] == "FAILED" and found["backend reference"] == "ok"
+    assert ("CUDA library" in found) == (nvcc is None) and (tmp_path / "built").read_text() == ("10" if nvcc else "0")
+    reasons = [step["reason"] for step in run.record.results["steps"] if step["status"] == "FAILED"]
     assert reasons == ["x.cpp:3: error: no such thing"]
 
 

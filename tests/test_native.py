@@ -2,8 +2,10 @@
 
 import os
 import random
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,6 +37,21 @@ def bindings(request, built):
         pytest.skip(f"this machine has no {request.param}")
     flags = ["-ffp-contract=fast", "-Wno-psabi", *MARCH[request.param], f"-DVITKERNELS_LEVEL=tested_{request.param}"]
     return built("bindings", *flags, variant=f"-{request.param}")
+
+
+OLDEST = os.environ.get("VITKERNELS_OLDEST_TORCH")
+CSRC = Path(__file__).parents[1] / "csrc"
+
+
+@pytest.mark.skipif(not OLDEST, reason="VITKERNELS_OLDEST_TORCH names no folder of torch 2.10")
+@pytest.mark.parametrize("source", sorted(str(path.relative_to(CSRC)) for path in CSRC.glob("*/*.cpp")))
+def test_the_oldest_torch_has_what_the_sources_use(source):
+    """Macros of its headers: TORCH_TARGET_VERSION hides newer functions, but no newer macros."""
+    compiler = os.environ.get("CXX") or shutil.which("c++") or pytest.skip("no C++ compiler")
+    flags = "-std=c++17 -fsyntax-only -w -DVITKERNELS_LEVEL=baseline -DVITKERNELS_HAS_BASELINE=1 -DUSE_CUDA=1".split()
+    flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{CSRC}", f"-I{OLDEST}/include"]
+    done = subprocess.run([compiler, *flags, str(CSRC / source)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def geometries(count: int, seed: int = 0):

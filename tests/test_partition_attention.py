@@ -221,8 +221,9 @@ def assert_blind(results, qkv, filling):
 @pytest.mark.parametrize("case", BLIND)
 @pytest.mark.parametrize("backend", [cpu, gpu, "reference"])
 def test_blind_queries(case, dtype, filling, backend):
-    def attend(*args):
-        return partition_attention(*(x.to(DEVICE.get(backend, "cpu")) for x in args[:3]), *args[3:], backend=backend)
+    def attend(q, k, v, partition, bias):
+        q, k, v, bias = (x.to(DEVICE.get(backend, "cpu")) for x in (q, k, v, bias))
+        return partition_attention(q, k, v, partition, bias, backend=backend)
 
     results, qkv = attend_blindly(*BLIND[case], dtype, filling, attend)
     assert_blind(results, qkv, filling)

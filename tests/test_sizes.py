@@ -102,6 +102,18 @@ def test_two_graphs_at_most_serve_all_sizes_in_the_reference():
         assert graphs(LAYERS["grid"](), "eager") <= 2
 
 
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("name", ["window", "clusters", "pooled", "position bias"])
+def test_a_graph_does_not_ask_for_autocast(name, backend, monkeypatch):
+    """As if this were torch 2.11, which cannot trace the question."""
+    monkeypatch.setattr(torch.amp, "is_autocast_available", torch.compiler.disable(torch.amp.is_autocast_available))
+    torch._dynamo.reset()
+    layer = LAYERS[name]()
+    x = torch.randn(1, 4, 4, layer.dim)
+    with use_backend(backend):
+        torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="eager")(x), layer(x))
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_one_exported_program_serves_all_sizes(name):
     layer = LAYERS[name]().eval()

@@ -33,6 +33,35 @@ def test_every_variant_compiles():
     assert found["refused"] == {}
 
 
+EXPONENTS = r"""
+import re, sys
+import ahead_of_time as a
+
+thw = 1, 4, 4
+cases = [a.Maps(thw, thw, 0, 16, "float32"), a.Maps(thw, thw, 0, 16, "bfloat16", axes=(0, 0, 0))]
+cases += [a.Leaves(16, 4, 16, "float32"), a.Leaves(72, 4, 16, "bfloat16")]
+cases += [a.Groups(4, 16, "bfloat16"), a.Groups(9, 16, "float32"), a.Groups(9, 16, "bfloat16", biased=False)]
+for kernel in (kernel for case in cases for kernel in a.compile_launches(case.launch, 80)):
+    ptx = kernel.asm["ptx"]
+    made_by = {name: operation for operation, name in re.findall(r"([a-z0-9.]+)\s+(%r\d+),", ptx)}
+    for exponent in re.findall(r"ex2\.approx(?:\.ftz)?\.f32\s+%r\d+, (%r\d+)", ptx):
+        print(made_by[exponent].split(".")[0], kernel.metadata.name)
+"""
+
+
+def test_no_exponent_of_a_weight_is_a_multiply_add():
+    """A logit minus itself is 0 only where the difference is taken of rounded numbers, and forward and backward agree
+    on weights only where all take it alike.
+    """
+    paths = [str(ROOT / "benchmarks"), *filter(None, sys.path)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-c", EXPONENTS]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    found = {tuple(line.split()) for line in done.stdout.splitlines()}
+    assert len({name for _, name in found}) >= 11 and {operation for operation, _ in found} <= {"sub", "mul"}, found
+
+
 def jitted() -> Iterator[tuple[str, ast.FunctionDef]]:
     for path in (ROOT / "vitkernels").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

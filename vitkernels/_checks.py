@@ -159,10 +159,15 @@ def check_scale(scale: object, head_dim: int) -> float:
     return float(scale)
 
 
+def _has_autocast(kind: str) -> bool:
+    """Whether devices of a kind have autocast. A graph that is traced cannot ask in torch 2.11."""
+    return kind != "meta" if torch.compiler.is_compiling() else torch.amp.is_autocast_available(kind)
+
+
 def follow_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Tensors of one device in the dtype that autocast asks for on it; float64 stays."""
     kind = tensors[0].device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if not _has_autocast(kind) or not torch.is_autocast_enabled(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
@@ -170,8 +175,7 @@ def follow_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def no_autocast(device: torch.device) -> AbstractContextManager:
     """Within it, operations on ``device`` keep the dtype of their inputs."""
-    known = torch.amp.is_autocast_available(device.type)  # the meta device has none
-    return torch.autocast(device.type, enabled=False) if known else nullcontext()
+    return torch.autocast(device.type, enabled=False) if _has_autocast(device.type) else nullcontext()
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:

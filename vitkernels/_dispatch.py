@@ -12,7 +12,6 @@ import importlib.util
 import inspect
 import os
 import platform
-import sys
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from . import _native
 
 BACKENDS = ("triton", "cuda", "cpu", "sdpa", "reference")
 LIBRARY = torch.library.Library("vitkernels", "DEF")
+_TRITON = importlib.util.find_spec("triton") is not None  # a graph that is traced cannot ask in torch 2.11
 
 
 def interpreted() -> bool:
@@ -146,7 +146,7 @@ def _triton_absent() -> str | None:
     """Why no Triton kernel can run here, or None."""
     if torch.version.hip and not interpreted():
         return f"the kernels are compiled for NVIDIA GPUs only, and torch {torch.__version__} is built for AMD's (ROCm)"
-    if "triton" not in sys.modules and importlib.util.find_spec("triton") is None:
+    if not _TRITON:
         return "triton is not installed (it comes with CUDA builds of torch on Linux; otherwise: pip install triton)"
     if not torch.cuda.is_available() and not interpreted():
         return "no CUDA device; set TRITON_INTERPRET=1 before Python starts to run the kernels, slowly, on CPU tensors"

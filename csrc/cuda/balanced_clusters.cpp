@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 namespace vitkernels {
 namespace {
@@ -67,7 +68,7 @@ Tensor run(Tensor x, int64_t leaf_size, int64_t iterations, double temperature) 
   problem.features = int(x.size(3)), problem.iterations = int(iterations);
   problem.sharpness = sharpness(temperature);
   void* stream;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   launch(problem, element_of(x), settings, device, stream);
   return out;
 }

@@ -16,13 +16,11 @@ from torch import Tensor
 from .._sizes import above
 from .._triton import (
     INTERPRETED,
-    LOG2E,
     accumulation_dtype,
     base_of,
     capability,
     divisor,
     dot,
-    exp,
     launch,
     load_both,
     load_columns,
@@ -47,8 +45,8 @@ __all__ = ["cluster_attention_backward", "cluster_attention_forward", "refusal"]
 @triton.jit
 def _joint_softmax(a, b):  # [M, N], [M, S] -> [M, N], [M, S], [M, 1]
     """Of the rows of two tiles: the weights, and the sums to divide them by."""
-    base = (base_of(tl.maximum(tl.max(a, 1), tl.max(b, 1))) * LOG2E)[:, None]
-    a, b = exp(a, base), exp(b, base)
+    base = base_of(tl.maximum(tl.max(a, 1), tl.max(b, 1)))[:, None]
+    a, b = tl.exp2(a - base), tl.exp2(b - base)
     return a, b, divisor(tl.sum(a, 1) + tl.sum(b, 1))[:, None]
 
 

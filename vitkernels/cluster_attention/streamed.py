@@ -2,7 +2,7 @@
 
 A program holds a tile of BLOCK queries (or keys) and streams STEP of the keys (or queries) that meet them at a time, by
 an online softmax. Both are runs of the order, so that no step is spent on pairs that do not attend. The forward saves
-one statistic per query, its log-sum-exp in base 2: the weights are exp2 of one multiply-add.
+one statistic per query, its log-sum-exp in base 2: the weights are exp2 of one difference.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from .._triton import (
     base_of,
     divisor,
     dot,
-    exp,
     launch,
     load_both,
     load_columns,
@@ -32,6 +31,7 @@ from .._triton import (
     log_sum,
     matmul,
     node_start,
+    rounded,
     store_rows,
     tokens_at,
     zeros,
@@ -91,9 +91,9 @@ def leaf_runs(order, leaf):
 
 @triton.jit
 def run_logits(b_q, b_kt, keys, scale, SPEC: tl.constexpr):  # [M, D], [D, N] -> [M, N]
-    """-inf beyond the run's number of ``keys``."""
+    """Logits, times log2(e); -inf beyond the run's number of ``keys``."""
     lane = tl.arange(0, b_kt.shape[1])
-    return tl.where((lane < keys)[None, :], matmul(b_q, b_kt, SPEC.PRECISION) * scale, float("-inf"))
+    return tl.where((lane < keys)[None, :], rounded(matmul(b_q, b_kt, SPEC.PRECISION), scale * LOG2E), float("-inf"))
 
 
 @triton.jit
@@ -164,9 +164,9 @@ def _streamed_cluster_attention_forward(
     for first in range(start, stop, STEP):
         key = tokens_at(order, image, head, first, stop, STEP)
         logits = run_logits(b_q, load_columns(k, image, head, key, SPEC), stop - first, scale, SPEC)  # [M, N]
-        higher = tl.maximum(highest, tl.max(logits, 1) * LOG2E)
+        higher = tl.maximum(highest, tl.max(logits, 1))
         base = base_of(higher)
-        shrink, weights = tl.exp2(highest - base), exp(logits, base[:, None])
+        shrink, weights = tl.exp2(highest - base), tl.exp2(logits - base[:, None])
         total = total * shrink + tl.sum(weights, 1)
         b_v = load_rows(v, image, head, key, SPEC)  # [N, D]
         b_out = dot(tl.cast(weights, b_v.dtype), b_v, b_out * shrink[:, None], SPEC.PRECISION)
@@ -192,7 +192,7 @@ def _streamed_cluster_attention_backward_query(
         for first in range(start, stop, STEP):
             key = tokens_at(order, image, head, first, stop, STEP)
             b_k, b_kt = load_both(k, image, head, key, SPEC)  # [N, D], [D, N]
-            weights = exp(run_logits(b_q, b_kt, stop - first, scale, SPEC), lse[:, None])  # [M, N]
+            weights = tl.exp2(run_logits(b_q, b_kt, stop - first, scale, SPEC) - lse[:, None])  # [M, N]
             dweights = matmul(b_do, load_columns(v, image, head, key, SPEC), SPEC.PRECISION)
             if PASS == 0:
                 delta += tl.sum(weights * dweights, 1)
@@ -224,7 +224,7 @@ def _streamed_cluster_attention_backward_key(
         query = tokens_at(order, image, head, first, stop, STEP)
         lse, delta = _load_statistics(statistics, image, head, heads, query, order)
         b_q, b_qt = load_both(q, image, head, query, SPEC)  # [N, D], [D, N]
-        weights = exp(matmul(b_k, b_qt, SPEC.PRECISION) * scale, lse[None, :])  # [M, N]
+        weights = tl.exp2(rounded(matmul(b_k, b_qt, SPEC.PRECISION), scale * LOG2E) - lse[None, :])  # [M, N]
         if statistics.total is not None:
             weights *= _over_total(statistics, image, head, heads, query, order)[None, :]
         b_do, b_dot = load_both(dout, image, head, query, SPEC)

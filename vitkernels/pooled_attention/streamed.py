@@ -3,7 +3,7 @@
 A program holds a tile of BLOCK queries (or keys) and streams STEP keys (or queries) at a time, by an online softmax.
 Relative positions are further columns of q (`positions.py`), computed before and added to the logits of a step as one
 more product, with keys that are one-hot and are made in registers. The forward saves one statistic per query, its
-log-sum-exp in base 2: the weights are exp2 of one multiply-add.
+log-sum-exp in base 2: the weights are exp2 of one difference.
 
 M and N queries or keys, D elements of a head and C columns make tiles.
 """
@@ -23,12 +23,12 @@ from .._triton import (
     base_of,
     divisor,
     dot,
-    exp,
     load_both,
     load_columns,
     load_rows,
     log_sum,
     matmul,
+    rounded,
     store_rows,
     zeros,
 )
@@ -103,14 +103,16 @@ def _query_logits(
     b_q, b_kt, relative, image, head, query, key, sizes, scale,
     PARTS: tl.constexpr, SPEC: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # [M, D], [D, N] -> [M, N]  # fmt: skip
-    """Logits of a tile whose rows are queries; -inf beyond the last key."""
-    logits = matmul(b_q, b_kt, SPEC.PRECISION) * scale
+    """Logits, times log2(e), of a tile whose rows are queries; -inf beyond the last key."""
+    logits, factor = matmul(b_q, b_kt, SPEC.PRECISION), scale * LOG2E
+    if PARTS > 0:
+        logits, factor = logits * scale, LOG2E
     for part in tl.static_range(PARTS):
         o_column = part * COLUMNS.D + tl.arange(0, COLUMNS.BLOCK_D)
         b_products = load_rows(relative.products, part * sizes.batch + image, head, _with_place(query, sizes), COLUMNS)
         taken = one_hot(key.x[None, :], o_column[:, None], relative.columns, b_q.dtype)  # [C, N]
         logits = dot(b_products, taken, logits, SPEC.PRECISION)
-    return tl.where(key.inside[None, :], logits, float("-inf"))
+    return tl.where(key.inside[None, :], rounded(logits, factor), float("-inf"))
 
 
 @triton.jit
@@ -118,15 +120,17 @@ def _key_logits(
     b_k, b_qt, relative, image, head, query, key, sizes, scale,
     PARTS: tl.constexpr, SPEC: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # [M, D], [D, N] -> [M, N]  # fmt: skip
-    """Logits of a tile whose rows are keys."""
-    logits = matmul(b_k, b_qt, SPEC.PRECISION) * scale
+    """Logits, times log2(e), of a tile whose rows are keys."""
+    logits, factor = matmul(b_k, b_qt, SPEC.PRECISION), scale * LOG2E
+    if PARTS > 0:
+        logits, factor = logits * scale, LOG2E
     for part in tl.static_range(PARTS):
         o_column = part * COLUMNS.D + tl.arange(0, COLUMNS.BLOCK_D)
         plane = part * sizes.batch + image
         b_products = load_columns(relative.products, plane, head, _with_place(query, sizes), COLUMNS)  # [C, N]
         taken = one_hot(key.x[:, None], o_column[None, :], relative.columns, b_k.dtype)  # [M, C]
         logits = dot(taken, b_products, logits, SPEC.PRECISION)
-    return logits
+    return rounded(logits, factor)
 
 
 @triton.jit
@@ -144,9 +148,9 @@ def attention_forward(
         key = _tokens(first, sizes.keys, STEP)
         b_kt = load_columns(k, image, head, key, SPEC)  # [D, N]
         logits = _query_logits(b_q, b_kt, relative, image, head, query, key, sizes, scale, PARTS, SPEC, COLUMNS)
-        higher = tl.maximum(highest, tl.max(logits, 1) * LOG2E)
+        higher = tl.maximum(highest, tl.max(logits, 1))
         base = base_of(higher)
-        shrink, weights = tl.exp2(highest - base), exp(logits, base[:, None])  # [M, N]
+        shrink, weights = tl.exp2(highest - base), tl.exp2(logits - base[:, None])  # [M, N]
         total = total * shrink + tl.sum(weights, 1)
         b_v = load_rows(v, image, head, key, SPEC)  # [N, D]
         b_out = dot(tl.cast(weights, b_v.dtype), b_v, b_out * shrink[:, None], SPEC.PRECISION)
@@ -185,7 +189,7 @@ def attention_backward_query(
             key = _tokens(first, sizes.keys, STEP)
             b_k, b_kt = load_both(k, image, head, key, SPEC)  # [N, D], [D, N]
             logits = _query_logits(b_q, b_kt, relative, image, head, query, key, sizes, scale, PARTS, SPEC, COLUMNS)
-            weights = exp(logits, lse[:, None])  # [M, N]
+            weights = tl.exp2(logits - lse[:, None])  # [M, N]
             dweights = matmul(b_do, load_columns(v, image, head, key, SPEC), SPEC.PRECISION)
             if PASS == 0:
                 delta += tl.sum(weights * dweights, 1)
@@ -220,18 +224,25 @@ def attention_backward_key(
     image, start = plane % sizes.batch, plane // sizes.batch * share
     b_k, b_v = load_rows(k, image, head, key, SPEC), load_rows(v, image, head, key, SPEC)  # [M, D]
     b_dk, b_dv = zeros(BLOCK, SPEC.BLOCK_D, b_k.dtype), zeros(BLOCK, SPEC.BLOCK_D, b_k.dtype)
+    # Terms of dk cancel: in float32 one chain of additions over thousands of queries rounds off more than the contract
+    # allows. A step is summed by itself; its scale keeps the compiler from making that one chain again.
+    STEPWISE: tl.constexpr = b_k.dtype == tl.float32
     for first in range(start, tl.minimum(start + share, sizes.queries), STEP):
         query = _tokens(first, sizes.queries, STEP)
         lse = _load_statistic(statistics.lse, image, head, query, sizes, float("inf"))  # no weights where no query is
         b_q, b_qt = load_both(q, image, head, query, SPEC)  # [N, D], [D, N]
         logits = _key_logits(b_k, b_qt, relative, image, head, query, key, sizes, scale, PARTS, SPEC, COLUMNS)
-        weights = exp(logits, lse[None, :])  # [M, N]
+        weights = tl.exp2(logits - lse[None, :])  # [M, N]
         if statistics.total is not None:
             weights /= _load_statistic(statistics.total, image, head, query, sizes, 1.0)[None, :]
         b_do, b_dot = load_both(dout, image, head, query, SPEC)
         b_dv = dot(tl.cast(weights, b_do.dtype), b_do, b_dv, SPEC.PRECISION)
         dweights = matmul(b_v, b_dot, SPEC.PRECISION)
         delta = _load_statistic(statistics.delta, image, head, query, sizes, 0.0)
-        b_dk = dot(tl.cast(weights * (dweights - delta[None, :]), b_q.dtype), b_q, b_dk, SPEC.PRECISION)
-    store_rows(dk, plane, head, key, b_dk * scale, SPEC)
+        dlogits = tl.cast(weights * (dweights - delta[None, :]), b_q.dtype)
+        if STEPWISE:
+            b_dk += matmul(dlogits, b_q, SPEC.PRECISION) * scale
+        else:
+            b_dk = dot(dlogits, b_q, b_dk, SPEC.PRECISION)
+    store_rows(dk, plane, head, key, b_dk if STEPWISE else b_dk * scale, SPEC)
     store_rows(dv, plane, head, key, b_dv, SPEC)
