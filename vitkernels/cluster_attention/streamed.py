@@ -93,7 +93,7 @@ def leaf_runs(order, leaf):
 def run_logits(b_q, b_kt, keys, scale, SPEC: tl.constexpr):  # [M, D], [D, N] -> [M, N]
     """Logits, times log2(e); -inf beyond the run's number of ``keys``."""
     lane = tl.arange(0, b_kt.shape[1])
-    return tl.where((lane < keys)[None, :], rounded(matmul(b_q, b_kt, SPEC.PRECISION), scale * LOG2E), float("-inf"))
+    return tl.where((lane < keys)[None, :], matmul(b_q, b_kt, SPEC.PRECISION) * (scale * LOG2E), float("-inf"))
 
 
 @triton.jit
