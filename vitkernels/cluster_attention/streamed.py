@@ -22,6 +22,7 @@ from .._triton import (
     Rows,
     Spec,
     base_of,
+    capability,
     divisor,
     dot,
     launch,
@@ -93,7 +94,7 @@ def leaf_runs(order, leaf):
 def run_logits(b_q, b_kt, keys, scale, SPEC: tl.constexpr):  # [M, D], [D, N] -> [M, N]
     """Logits, times log2(e); -inf beyond the run's number of ``keys``."""
     lane = tl.arange(0, b_kt.shape[1])
-    return tl.where((lane < keys)[None, :], rounded(matmul(b_q, b_kt, SPEC.PRECISION), scale * LOG2E), float("-inf"))
+    return tl.where((lane < keys)[None, :], matmul(b_q, b_kt, SPEC.PRECISION) * (scale * LOG2E), float("-inf"))
 
 
 @triton.jit
@@ -245,7 +246,10 @@ def _settings(kernel, x: Tensor) -> dict[str, int]:
         return {}
     heavy, short = x.shape[-1] > 64 or x.dtype == torch.float32, x.shape[-1] <= 32
     ahead = short and not heavy and kernel is not _streamed_cluster_attention_backward_key
-    return {"num_warps": 8 if heavy else 4, "num_stages": 2 if ahead else 1}
+    settings = {"num_warps": 8 if heavy else 4, "num_stages": 2 if ahead else 1}
+    if kernel is _streamed_cluster_attention_forward and not heavy and not short and capability(x.device) == 90:
+        settings["maxnreg"] = 96  # five blocks; without the limit four, at 104 registers
+    return settings
 
 
 def _launch(kernel, programs: int, *rows, call: Call, **arguments) -> None:

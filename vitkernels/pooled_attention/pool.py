@@ -31,7 +31,7 @@ def pooled_size(thw: Sequence[int], kernel: Sequence[int], stride: Sequence[int]
 def _forward_fake(
     x, weight, norm_weight, norm_bias, thw, kernel, stride, padding, maximum, has_cls, eps, *, interpreted
 ):
-    tokens = math.prod(pooled_size(thw, kernel, stride, padding)) + has_cls
+    tokens = math.prod(pooled_size(thw, kernel, stride, padding)) + int(has_cls)
     return x.new_empty(x.shape[0], tokens, *x.shape[2:])
 
 
@@ -132,7 +132,7 @@ def check_thw(
     thw = check_axes(name, thw, len(thw), 1, one_for_all=False)
     if tokens is not None and has_cls and tokens < 1:
         raise ValueError(f"has_cls=True takes the first token of {of} as the class token, but {of} has no token")
-    expected = math.prod(thw) + has_cls
+    expected = math.prod(thw) + int(has_cls)  # a bool is no number to the symbols of torch 2.11
     if tokens is not None and tokens != expected:
         raise ValueError(
             f"{name} {thw} stands for {' * '.join(map(str, thw))}{' + 1 class token' if has_cls else ''} = {expected} "
