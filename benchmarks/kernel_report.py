@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import sass
+import wgmma
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs" / "kernels.md"
@@ -91,13 +92,16 @@ class Kernel(NamedTuple):
     clocks: dict[str, int]  # a trip through the hot loop, by unit, of a multiprocessor that did nothing else
     widest: int  # bytes that a lane loads at once, anywhere
     unfenced: bool
+    faults: list[str]  # of products in machine code
 
     @property
     def limit(self) -> str:
         return max(self.clocks, key=self.clocks.get)
 
 
-def kernel(case: str, name: str, chip: Chip, code: sass.Code, padding: float, **launch: int) -> Kernel:
+def kernel(
+    case: str, name: str, chip: Chip, code: sass.Code, padding: float, faults: Iterable[str] = (), **launch: int
+) -> Kernel:
     """A row. ``padding``: the share of a tile's lanes that are not masked."""
     tensor_memory, missing = launch.pop("tensor_memory", 0), launch.pop("unfenced", False)
     blocks = chip.resident(code.warps, launch["registers"], launch["shared"], tensor_memory)
@@ -112,7 +116,7 @@ def kernel(case: str, name: str, chip: Chip, code: sass.Code, padding: float, **
     return Kernel(
         case, name, code.warps, launch["registers"], launch["spilled"], launch["shared"], blocks, blocks * most,
         blocks * behind, code.matrix, code.loads, {unit: round(n) for unit, n in clocks.items()},
-        code.widest, missing,
+        code.widest, missing, [*faults],
     )  # fmt: skip
 
 
@@ -142,15 +146,17 @@ def triton_kernels(capability: int, names: Iterable[str]) -> list[Kernel]:
     made = [(case, one) for case in names for one in ahead_of_time.compile_launches(cases[case].launch, capability)]
     codes = [sass.machine_code(compiled.asm["cubin"])[compiled.metadata.name] for _, compiled in made]
     texts, code_of = sass.disassemble(tools(), capability, codes), functools.cache(sass.Code)
+    faults_of = functools.cache(wgmma.faults if capability == 90 else lambda text: [])
     for (case, compiled), code in zip(made, codes):
         metadata, taken = compiled.metadata, _resources(compiled.asm["cubin"])
         launch = dict(registers=taken["REG"], spilled=taken["STACK"], shared=metadata.shared)
         launch |= dict(tensor_memory=getattr(metadata, "tmem_size", 0), unfenced=unfenced(compiled.asm["ptx"]))
         read = code_of(texts[code], metadata.num_warps, _products(compiled.asm["ttgir"]))
-        row = kernel(case, metadata.name.strip("_"), CHIPS[capability], read, cases[case].padding, **launch)
-        before = found.get((case, row.name))
-        if before is None or (row.spilled, row.registers) > (before.spilled, before.registers):
-            found[case, row.name] = row
+        padding, faults = cases[case].padding, faults_of(texts[code])
+        row = kernel(case, metadata.name.strip("_"), CHIPS[capability], read, padding, faults, **launch)
+        before = found.get((case, row.name), row)
+        worst = max(before, row, key=lambda x: (x.spilled, x.registers))
+        found[case, row.name] = worst._replace(faults=before.faults or row.faults)
     return list(found.values())
 
 

@@ -33,6 +33,8 @@ class Instruction(NamedTuple):
     name: str  # with its modifiers
     operands: str
     kind: str  # the name alone
+    guard: str  # the predicate under which it runs, "" without one
+    address: int
 
     @property
     def width(self) -> int:
@@ -63,19 +65,24 @@ def _registers(operands: str) -> frozenset[int]:
     return frozenset(int(number) for number in re.findall(r"\bR(\d+)\b", operands))
 
 
+def instructions(text: str) -> list[Instruction]:
+    code = []
+    for line in text.splitlines():
+        if found := re.search(r"/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P[\dT]+)\s+)?([A-Z][\w.]*)([^;]*);", line):
+            address, guard, name, operands = found.groups()
+            code.append(Instruction(name, operands, name.split(".")[0], guard or "", int(address, 16)))
+    return code
+
+
 def _parse(text: str) -> tuple[list[Instruction], list[tuple[int, int]]]:
     """The instructions, and every loop: its first and the place behind its last."""
-    code, places, jumps, exits = [], {}, [], []
-    for line in text.splitlines():
-        if found := re.search(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P[\dT]+\s+)?([A-Z][\w.]*)([^;]*);", line):
-            address, name, operands = found.groups()
-            instruction = Instruction(name, operands, name.split(".")[0])
-            if instruction.kind == "BRA" and (target := re.search(r"\b0x([0-9a-f]+)", operands)):
-                jumps.append((len(code), int(target[1], 16)))
-            elif instruction.kind == "EXIT":
-                exits.append(len(code))
-            places[int(address, 16)] = len(code)
-            code.append(instruction)
+    code, places, jumps, exits = instructions(text), {}, [], []
+    for place, instruction in enumerate(code):
+        if instruction.kind == "BRA" and (target := re.search(r"\b0x([0-9a-f]+)", instruction.operands)):
+            jumps.append((place, int(target[1], 16)))
+        elif instruction.kind == "EXIT":
+            exits.append(place)
+        places[instruction.address] = place
     targets = ((places[target], place) for place, target in jumps if target in places)
     loops = [(first, last + 1) for first, last in targets if first < last]
     # no loop: what waits for a barrier, in place or, so that it jumps back, after the end of the kernel

@@ -75,6 +75,7 @@ def test_budgets(report, chip):
     assert {key: size for key, size in spilled.items() if size > SPILLED.get(key, 0)} == {}
     for row in rows:
         assert row.blocks > 0 and row.shared <= SHARED[chip] * 1024 and not row.unfenced, row
+        assert row.faults == [], row
         if "attention" in row.name or "pool" in row.name:
             assert row.widest == 16, row
         if "pool" in row.name:  # rows stay with their threads; twelve or sixteen warps fit a processor

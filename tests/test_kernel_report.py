@@ -18,6 +18,11 @@ def sass(monkeypatch):
 
 
 @pytest.fixture
+def wgmma(sass):
+    return importlib.import_module("wgmma")
+
+
+@pytest.fixture
 def report(sass):
     return importlib.import_module("kernel_report")
 
@@ -161,6 +166,59 @@ def test_loads_into_registers_are_waited_for_where_they_are_named(sass):
     soon = text(".L_x_0:", load, use, *["MUFU.EX2 R20, R21"] * 10, "@P0 BRA `(.L_x_0)", "EXIT")
     assert sass.Code(late, 1).under_way[0] == sass.Code(soon, 1).under_way[0] == 16 * 32
     assert sass.Code(late, 1).under_way[1] > 0.8 * 16 * 32 > sass.Code(soon, 1).under_way[1] == 0
+
+
+ADDRESS = ["S2R R10, SR_CgaCtaId", "MOV R105, 0x400", "LEA R105, R10, R105, 0x18", "VIADD R94, R105, 0x4000"]
+LOW = ["SHF.R.U32.HI R9, RZ, 0x4, R94", "SGXT.U32 R9, R9, 0xe", "IADD3 R11, P2, R9, 0x2, RZ"]
+HIGH = ["MOV R0, RZ", "IADD3.X R12, R0, -0x7fffffe0, RZ, P2, !PT"]
+GIVEN = ["R2UR UR54, R11", "R2UR UR55, R12"]
+PRODUCT = ["HGMMA.64x16x16.F32.BF16 R24, R56, gdesc[UR52].tnspB, R24, gsb0", "WARPGROUP.DEPBAR.LE gsb0, 0x0"]
+MADE_OF = {  # what stands instead of the low word: what is said of it
+    "the address of shared memory": (LOW, ""),
+    "a global address": (
+        ["LDC.64 R34, c[0x0][0x278]", "LEA.HI.X R11, R35, R34, RZ, 0x1, P4", "IADD3 R11, P2, R11, 0x2, RZ"],
+        "comes from 0x40 LDC.64 R34, c[0x0][0x278]",
+    ),
+    "a row": (["LDG.E.128 R8, desc[UR8][R94.64]", "IADD3 R11, P2, R11, 0x2, RZ"], "comes from 0x40 LDG.E.128 R8"),
+    "an argument": (["IMAD R11, R94, c[0x0][0x210], RZ"], "comes from 0x40 IMAD R11, R94, c[0x0][0x210], RZ"),
+    "a block": (["S2UR UR4, SR_CTAID.X", "IADD3 R11, R94, UR4, RZ"], "comes from 0x40 S2UR UR4, SR_CTAID.X"),
+    "a constant": (["IADD3 R11, P2, RZ, 0x2, RZ"], "UR54 is not made of the address of shared memory"),
+    "nothing": (["IADD3 R11, P2, R9, 0x2, RZ"], "UR54 comes from R9, which nothing wrote"),
+    "nothing on one path": (["@P0 IADD3 R11, P2, R94, 0x2, RZ"], "UR54 comes from R11, which nothing wrote"),
+    "a spilled address": (["STL [R1+0x8], R94", *FILLER, "LDL R11, [R1+0x8]"], ""),
+    "a spilled argument": (["LDC R9, c[0x0][0x210]", "STL [R1], R9", "LDL R11, [R1]"], "comes from 0x40 LDC R9"),
+    "the number of a warp": (["S2R R9, SR_TID.X", "SHFL.IDX PT, R9, R9, RZ, 0x1f", "LEA R11, R9, R94, 0x6"], ""),
+    "the next buffer": (["MOV R11, R94", ".L_x_9:", "VIADD R11, R11, 0x40", "@P0 BRA `(.L_x_9)"], ""),
+}
+
+
+@pytest.mark.parametrize("low, said", MADE_OF.values(), ids=MADE_OF)
+def test_descriptors(wgmma, low, said):
+    """From a kernel whose assembler took half of a global address for that of shared memory."""
+    found = wgmma.faults(text(*ADDRESS, *low, *HIGH, *GIVEN, *PRODUCT, "EXIT"))
+    assert said in "".join(found) and bool(found) == bool(said)
+
+
+READ, WRITTEN = "FADD R2, R24, R3", "MOV R57, R2"  # an accumulator, a register of the first operand
+OTHER = "HGMMA.64x16x16.F32.BF16 R32, R64, gdesc[UR52].tnspB, R32, gsb0"
+IN_FLIGHT = {  # what stands in a loop, its products and what waits for them among it: what is said of it
+    "waited for": ([*PRODUCT, READ, WRITTEN], ""),
+    "read too soon": ([PRODUCT[0], READ, PRODUCT[1]], "R24 is not its own at"),
+    "written too soon": ([PRODUCT[0], WRITTEN, PRODUCT[1]], "R57 is not its own at"),
+    "on one path": ([PRODUCT[0], "@P1 BRA `(.L_x_9)", PRODUCT[1], ".L_x_9:", READ], "R24 is not its own at"),
+    "on the next trip": ([READ, PRODUCT[0]], "R24 is not its own at"),
+    "all but one": ([PRODUCT[0], OTHER, "WARPGROUP.DEPBAR.LE gsb0, 0x1", READ, PRODUCT[1]], ""),
+    "the one": ([OTHER, PRODUCT[0], "WARPGROUP.DEPBAR.LE gsb0, 0x1", READ, PRODUCT[1]], "R24 is not its own at"),
+    "a group of two": ([PRODUCT[0].replace(", gsb0", ""), *PRODUCT, READ], ""),
+    "another descriptor": ([*PRODUCT, "ULDC UR54, c[0x0][0x210]"], "UR54 comes from"),
+}
+
+
+@pytest.mark.parametrize("body, said", IN_FLIGHT.values(), ids=IN_FLIGHT)
+def test_products_under_way(wgmma, body, said):
+    lines = [*ADDRESS, *LOW, *HIGH, *GIVEN, ".L_x_0:", *body, "@P0 BRA `(.L_x_0)", "EXIT"]
+    found = wgmma.faults(text(*lines))
+    assert said in "".join(found) and bool(found) == bool(said)
 
 
 def test_resident_blocks(report):
