@@ -249,6 +249,7 @@ ON_TWO = {  # on sm_80 and sm_90
     "leaves of 72, bf16, 96": Leaves(72, 20, 96, "bfloat16"),
     "1569 queries, 1569 keys, bf16, 96": Maps((8, 14, 14), (8, 14, 14), 1, 96, "bfloat16"),
     "8001 queries, 2001 keys, bf16, 72": Maps((20, 20, 20), (20, 10, 10), 1, 72, "bfloat16"),
+    "1569 queries, 1569 keys, bf16, 32": Maps((8, 14, 14), (8, 14, 14), 1, 32, "bfloat16"),
     "784 queries, 196 keys, fp16, 64": Maps((1, 28, 28), (1, 14, 14), 0, 64, "float16"),
     "784 queries, 196 keys, bf16, 128": Maps((1, 28, 28), (1, 14, 14), 0, 128, "bfloat16"),
     "196 queries, 196 keys, fp32, 96": Maps((1, 14, 14), (1, 14, 14), 0, 96, "float32"),

@@ -384,6 +384,13 @@ def unfenced(capability: int) -> bool:
     return 90 <= capability < 120 and _release(triton.__version__) < (3, 7, 1)
 
 
+def misassembled(capability: int) -> bool:
+    """Whether descriptors of a warp group's operands may be wrong: ptxas 12.8, which Triton brings, mistakes them on
+    sm_90 where unlike operands take turns in one place of shared memory, as they do without prefetch.
+    """
+    return capability == 90 and unfenced(capability)
+
+
 @lru_cache
 def _release(version: str) -> tuple[int, ...]:
     return tuple(map(int, re.findall(r"\d+", version)[:3]))

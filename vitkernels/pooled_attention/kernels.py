@@ -13,29 +13,43 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._sizes import ceil_div
-from .._triton import INTERPRETED, Rows, Spec, accumulation_dtype, capability, launch, on, processors, refusal
+from .._triton import (
+    INTERPRETED,
+    Rows,
+    Spec,
+    accumulation_dtype,
+    capability,
+    launch,
+    misassembled,
+    on,
+    processors,
+    refusal,
+)
 from . import positions, streamed
 from .positions import Layout
 
 __all__ = ["pooled_attention_backward", "pooled_attention_forward", "refusal"]
 
 
-def _settings(x: Tensor, crowded: bool = False) -> dict[str, int]:
+def _settings(x: Tensor, relative: bool, crowded: bool = False) -> dict[str, int]:
     """Tiles, warps and pipeline stages, chosen by what the compiler makes of the kernels for each chip.
 
     docs/kernels.md has it. Three stages fetch the rows of the next step while this one is computed; two only ask for
     them without registers: where three cost a block, spill, or do not fit the shared memory. Float32 products that
     tensor cores cannot take fill the registers at half the tile, and where operands stand in registers a ``crowded``
-    kernel has room for half a step.
+    kernel has room for half a step. ``relative``: there are relative positions, whose products get a tile too low for
+    those of a warp group where these may be assembled wrongly.
     """
     if INTERPRETED:
         return {"BLOCK": 64, "STEP": 32}
     if x.dtype == torch.float32:
         return {"BLOCK": 32, "STEP": 16, "num_warps": 8, "num_stages": 1}
-    warps = 8 if x.shape[-1] > 64 else 4
+    warps, arch = 8 if x.shape[-1] > 64 else 4, capability(x.device)
+    if relative and misassembled(arch):
+        return {"BLOCK": 32, "STEP": 32, "num_warps": 4, "num_stages": 1}
     if crowded:
         return {"BLOCK": 64, "STEP": 16, "num_warps": warps, "num_stages": 1}
-    stages = 3 if capability(x.device) == 90 else 2
+    stages = 3 if arch == 90 else 2
     return {"BLOCK": 64, "STEP": 32, "num_warps": warps, "num_stages": stages}
 
 
@@ -81,9 +95,10 @@ class Call(NamedTuple):
 
     def launch(self, kernel, planes: int, tokens: int, *rows, crowded: bool = False, **arguments) -> None:
         """A program for every head and every tile of ``tokens`` of a plane."""
-        settings, device = _settings(self.rows[0].pointer, crowded), self.rows[0].pointer.device
+        x = self.rows[0].pointer
+        settings = _settings(x, self.layout is not None, crowded)
         programs = planes * ceil_div(tokens, settings["BLOCK"]) * self.sizes.heads
-        launch(kernel, programs, device, *rows, **arguments, **self.arguments, **settings)
+        launch(kernel, programs, x.device, *rows, **arguments, **self.arguments, **settings)
 
 
 def pooled_attention_forward(
@@ -114,9 +129,9 @@ def pooled_attention_forward(
     return out, statistic
 
 
-def _share(q: Tensor, k: Tensor) -> int:
+def _share(q: Tensor, k: Tensor, relative: bool) -> int:
     """Queries that a program of the key kernel takes: all, or fewer where tiles of keys would leave processors idle."""
-    settings = _settings(k)
+    settings = _settings(k, relative)
     tiles = k.shape[0] * k.shape[2] * ceil_div(k.shape[1], settings["BLOCK"])
     steps = ceil_div(q.shape[1], settings["STEP"])
     return settings["STEP"] * ceil_div(steps, max(1, 2 * processors(q.device) // tiles))
@@ -147,7 +162,8 @@ def pooled_attention_backward(
         return dq, dk, dv, *(q.new_zeros((0,) if x is None else x.shape, dtype=wide) for x in tables)
     batch, queries, heads, _ = q.shape
     with on(q.device):
-        terms, share = _terms(tables, indices), _share(q, k)
+        terms = _terms(tables, indices)
+        share = _share(q, k, any(term is not None for term in terms))
         parts = ceil_div(queries, share)
         sums = (dk, dv) if parts == 1 else q.new_empty(2, parts * batch, *k.shape[1:], dtype=wide).unbind()
         call = Call.of(q, k, terms, q_thw, k_thw, has_cls, scale, dout, q, k, v, dq, *sums)
