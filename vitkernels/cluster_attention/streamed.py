@@ -247,8 +247,11 @@ def _settings(kernel, x: Tensor) -> dict[str, int]:
     heavy, short = x.shape[-1] > 64 or x.dtype == torch.float32, x.shape[-1] <= 32
     ahead = short and not heavy and kernel is not _streamed_cluster_attention_backward_key
     settings = {"num_warps": 8 if heavy else 4, "num_stages": 2 if ahead else 1}
-    if kernel is _streamed_cluster_attention_forward and not heavy and not short and capability(x.device) == 90:
+    arch, key = capability(x.device), kernel is _streamed_cluster_attention_backward_key
+    if kernel is _streamed_cluster_attention_forward and not heavy and not short and arch == 90:
         settings["maxnreg"] = 96  # five blocks; without the limit four, at 104 registers
+    if key and not heavy and short and not 90 <= arch < 120:
+        settings["maxnreg"] = 128  # four blocks; without the limit three, at 136 to 140 registers
     return settings
 
 

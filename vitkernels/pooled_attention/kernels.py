@@ -46,7 +46,7 @@ def _settings(x: Tensor, relative: bool, crowded: bool = False) -> dict[str, int
         return {"BLOCK": 32, "STEP": 16, "num_warps": 8, "num_stages": 1}
     warps, arch = 8 if x.shape[-1] > 64 else 4, capability(x.device)
     if relative and misassembled(arch):
-        return {"BLOCK": 32, "STEP": 32, "num_warps": 4, "num_stages": 1}
+        return {"BLOCK": 32, "STEP": 32, "num_warps": 8, "num_stages": 1}
     if crowded:
         return {"BLOCK": 64, "STEP": 16, "num_warps": warps, "num_stages": 1}
     stages = 3 if arch == 90 else 2
