@@ -209,7 +209,7 @@ def _tile(tokens: int) -> int:
 def _settings(kernel, call: Call) -> dict[str, int]:
     """Warps, pipeline stages, a limit of registers where it buys resident blocks; HELD for the backward.
 
-    docs/kernels.md shows what the compiler makes of them for each chip; no GPU has timed them yet.
+    docs/kernels.md shows what the compiler makes of them for each chip; no GPU has compared them by time yet.
     """
     x, geometry, tile = call.example, call.arguments["geometry"], _tile(call.tokens)
     half, head_dim, backward = x.element_size() == 2, x.shape[-1], kernel is _partition_attention_backward
