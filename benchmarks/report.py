@@ -56,7 +56,6 @@ def _milliseconds(value: float) -> str:
 
 SHOW: dict[str, Callable[[float], str]] = {
     "ms": _milliseconds,
-    "graph": _milliseconds,
     "p20": _milliseconds,
     "p80": _milliseconds,
     "speedup": lambda value: f"{value:.2f}x",
@@ -163,12 +162,12 @@ def markdown_table(titles: Sequence[str], lines: Iterable[Sequence[str]], left: 
 
 
 def markdown(results: dict) -> str:
-    """One row per layer and mode: milliseconds of every contender that ran, then speed-up and memory of vitkernels.
+    """One row per layer and mode: milliseconds of every contender that was tried, then speed-up and memory of vitkernels.
 
     On a GPU also milliseconds as a CUDA graph, which the processor that launches does not hold up.
     """
-    rows = results["rows"]
-    ran = [row for row in rows if row.get("ms")]
+    rows, show = results["rows"], SHOW | ON_A_GPU
+    ran = [row for row in rows if row["status"] != "skipped"]
     names = list(dict.fromkeys(row["contender"] for row in ran))
     ours = [name for name in names if name.startswith("vitkernels")]
     contenders = [name for name in names if name not in ours] + ours  # a first layer may lack some of the others
@@ -182,7 +181,7 @@ def markdown(results: dict) -> str:
         found = {row["contender"]: row for row in group}
 
         def cell(contender: str, field: str, found=found) -> str:
-            return number(found[contender].get(field), SHOW[field]) if contender in found else NO_CONTENDER
+            return number(found[contender].get(field), show[field]) if contender in found else NO_CONTENDER
 
         cells = [case, str(batch), dtype, mode, *(cell(name, "ms") for name in contenders)]
         cells += [cell(name, "graph") for name in graphs]
