@@ -3,7 +3,8 @@
 The launcher itself chooses the arguments, constants, warps and stages: what is compiled is what would be launched.
 Triton either interprets or compiles, so that this runs in a process without TRITON_INTERPRET.
 
-python benchmarks/ahead_of_time.py --chip 90    whatever a launcher can be asked for, as far as Triton's own language
+python benchmarks/ahead_of_time.py --chip 80 90    whatever a launcher can be asked for, as far as Triton's own language
+python benchmarks/ahead_of_time.py --whole          down to machine code, for every chip: about an hour on two cores
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import itertools
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from typing import NamedTuple
 from unittest import mock
@@ -25,6 +26,8 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+
+CHIPS = (80, 86, 89, 90, 100, 120)  # compute capabilities
 
 
 class _Enough(Exception):
@@ -313,16 +316,19 @@ def _launchers() -> dict[str, tuple[object, dict[str, str]]]:
     return found
 
 
-def compile_variants(capability: int) -> dict[str, object]:
-    """The variants that the compiler's front end refuses, and the options of operators that no variant asks for."""
+def compile_variants(chips: Sequence[int], whole: bool) -> dict[str, object]:
+    """The variants that the compiler refuses, and the options of operators that no variant asks for.
+
+    ``whole``: down to machine code. Otherwise as far as the front end, which makes the same of a source for all chips
+    and settings.
+    """
     refused, seen, launchers, make_ir, known = {}, defaultdict(set), _launchers(), ASTSource.make_ir, set()
 
     def make_once(source: ASTSource, target: GPUTarget, options: object, *rest: object) -> object:
-        key = source.hash(), options.hash()
-        if key in known:
+        if source.hash() in known:
             raise _Enough
         made = make_ir(source, target, options, *rest)
-        known.add(key)
+        known.add(source.hash())
         return made
 
     def recorded(name: str, options: dict[str, str], launcher: Callable) -> Callable:
@@ -334,15 +340,16 @@ def compile_variants(capability: int) -> dict[str, object]:
         return call
 
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(ASTSource, "make_ir", make_once))
-        stack.enter_context(mock.patch.object(CUDABackend, "make_ttgir", side_effect=_Enough))
+        if not whole:
+            stack.enter_context(mock.patch.object(ASTSource, "make_ir", make_once))
+            stack.enter_context(mock.patch.object(CUDABackend, "make_ttgir", side_effect=_Enough))
         for name, (module, options) in launchers.items():
             stack.enter_context(mock.patch.object(module, name, recorded(name, options, getattr(module, name))))
-        for variant in variants():
+        for chip, variant in itertools.product(chips, variants()):
             try:
-                compile_launches(variant.launch, capability)
+                compile_launches(variant.launch, chip)
             except Exception as error:
-                refused[repr(variant)] = f"{type(error).__name__}: {error}".strip()
+                refused[f"sm_{chip} {variant}"] = f"{type(error).__name__}: {error}".strip()
     switches = {
         f"{name}: {option}"
         for name, (_, options) in launchers.items()
@@ -353,11 +360,17 @@ def compile_variants(capability: int) -> dict[str, object]:
     return {"launchers": len(launchers), "switches": len(switches), "refused": refused, "unasked": unasked}
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(prog="python benchmarks/ahead_of_time.py", description=__doc__.partition("\n")[0])
-    parser.add_argument("--chip", type=int, required=True, help="compute capability, 90 for 9.0")
-    print(json.dumps(compile_variants(parser.parse_args().chip), indent=1))
+    parser.add_argument(
+        "--chip", type=int, nargs="+", default=CHIPS, help="compute capabilities, 90 for 9.0 (all of them)"
+    )
+    parser.add_argument("--whole", action="store_true", help="down to machine code")
+    args = parser.parse_args()
+    found = compile_variants(args.chip, args.whole)
+    print(json.dumps(found, indent=1))
+    return int(bool(found["refused"]))
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

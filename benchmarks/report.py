@@ -162,7 +162,7 @@ def markdown_table(titles: Sequence[str], lines: Iterable[Sequence[str]], left: 
 
 
 def markdown(results: dict) -> str:
-    """One row per layer and mode: milliseconds of every contender that was tried, then speed-up and memory of vitkernels.
+    """One row per layer and mode: milliseconds of every contender that was tried, then speed-up and memory of ours.
 
     On a GPU also milliseconds as a CUDA graph, which the processor that launches does not hold up.
     """

@@ -22,11 +22,12 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_every_variant_compiles():
-    """Every option of the registered operators, given and left out, as far as the compiler's front end."""
+    """Every option of the registered operators, given and left out, for every chip, as far as the front end."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, ROOT / "benchmarks" / "ahead_of_time.py", "--chip", "80"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    command = [sys.executable, ROOT / "benchmarks" / "ahead_of_time.py"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.stdout, done.stderr
     found = json.loads(done.stdout)
     assert found["launchers"] == 10 and found["switches"] > 30
     assert found["unasked"] == [], "give `variants` in benchmarks/ahead_of_time.py what asks for these options"
