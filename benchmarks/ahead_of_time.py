@@ -58,9 +58,13 @@ def compile_launches(call: Callable[[], object], capability: int) -> list:
         with suppress(_Enough):
             compiled.append(run(kernel, *args, grid=grid, warmup=True, **kwargs))
 
+    from vitkernels import _triton
+
     driver = mock.patch.object(triton.runtime.driver, "_active", _Driver(capability))
+    _triton.capability.cache_clear()
     with driver, mock.patch.object(JITFunction, "run", compile_only):
         call()
+    _triton.capability.cache_clear()
     return compiled
 
 
@@ -320,7 +324,7 @@ def compile_variants(chips: Sequence[int], whole: bool) -> dict[str, object]:
     """The variants that the compiler refuses, and the options of operators that no variant asks for.
 
     ``whole``: down to machine code. Otherwise as far as the front end, which makes the same of a source for all chips
-    and settings.
+    and settings; ``sources`` counts what it made.
     """
     refused, seen, launchers, make_ir, known = {}, defaultdict(set), _launchers(), ASTSource.make_ir, set()
 
@@ -357,7 +361,8 @@ def compile_variants(chips: Sequence[int], whole: bool) -> dict[str, object]:
         if kind == "bool" or kind.startswith("Optional")
     }
     unasked = sorted(option for option in switches if seen[option] != {False, True})
-    return {"launchers": len(launchers), "switches": len(switches), "refused": refused, "unasked": unasked}
+    about = {"launchers": len(launchers), "switches": len(switches), "sources": len(known)}
+    return about | {"refused": refused, "unasked": unasked}
 
 
 def main() -> int:

@@ -164,7 +164,7 @@ def test_large_logits(device):
 def test_few_tiles_of_keys(device):
     """Every program of the key kernel takes a share of the queries; more tiles than processors, all of them."""
     q, k = torch.empty(1, 100, 1, 16, device=device), torch.empty(1, 4, 1, 16, device=device)
-    assert kernels._share(q, k, True) < 100 <= kernels._share(q, k.expand(10000, -1, -1, -1), True)
+    assert kernels._share(q, k, 4) < 100 <= kernels._share(q, k.expand(10000, -1, -1, -1), 4)
     check((4, 25), (2, 2), wanted=(0, 1, 0), device=device)
     check((10, 10), (2, 2), wanted=(0, 0, 0), device=device, batch=3)
 

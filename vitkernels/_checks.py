@@ -160,7 +160,7 @@ def check_scale(scale: object, head_dim: int) -> float:
 
 
 def _has_autocast(kind: str) -> bool:
-    """Whether devices of a kind have autocast. A graph that is traced cannot ask in torch 2.11."""
+    """True if devices of this kind have autocast. A traced graph cannot ask PyTorch, at least in 2.11."""
     return kind != "meta" if torch.compiler.is_compiling() else torch.amp.is_autocast_available(kind)
 
 

@@ -385,8 +385,10 @@ def unfenced(capability: int) -> bool:
 
 
 def misassembled(capability: int) -> bool:
-    """Whether descriptors of a warp group's operands may be wrong: ptxas 12.8, which Triton brings, mistakes them on
-    sm_90 where unlike operands take turns in one place of shared memory, as they do without prefetch.
+    """True where the assembler may get descriptors of a warp group's operands wrong.
+
+    ptxas 12.8, which Triton brings up to 3.7.1, does so on sm_90 where operands of two swizzles use one place of shared
+    memory. They do so only without prefetch; with it no wrong one was found.
     """
     return capability == 90 and unfenced(capability)
 
@@ -402,40 +404,42 @@ _compiled: dict[tuple, tuple[object, list[str], object]] = {}  # for `launch`
 def launch(kernel, programs: int, device: torch.device, *arguments, **keywords) -> None:
     """Start so many programs, with settings that are safe on the device. All kernels start here.
 
-    Triton looks its kernel up by every argument, which takes longer than many a kernel runs. Here a launch that is
-    alike in all that a kernel is compiled for goes straight to it.
+    Triton finds its compiled kernel by a look at every argument. That takes longer than many kernels run. So the
+    compiled kernel is kept, and started directly when everything comes again that it depends on. Triton's hooks before
+    a run, and its knobs for debugging, act only when a kernel is compiled.
     """
-    if not INTERPRETED and unfenced(capability(device)):
-        keywords["num_stages"] = 1
-    key = [id(kernel), device, *keywords]
-    _add_kinds(arguments, key)
-    _add_kinds(keywords.values(), key)
-    key = tuple(key)
-    if found := _compiled.get(key):
-        compiled, names, _ = found
-        compiled[programs, 1, 1](*arguments, *map(keywords.__getitem__, names))
-    elif (compiled := kernel[(programs,)](*arguments, **keywords)) is not None:  # not interpreted
-        if len(_compiled) >= REMEMBERED:
-            _compiled.clear()
-        # with the kernel, so that no other one gets its id
-        _compiled[key] = compiled, kernel.arg_names[len(arguments) :], kernel
+    with on(device):
+        if not INTERPRETED and unfenced(capability(device)):
+            keywords["num_stages"] = 1
+        key = [id(kernel), device, *keywords]
+        _add_key(arguments, key)
+        _add_key(keywords.values(), key)
+        key = tuple(key)
+        if found := _compiled.get(key):
+            compiled, names, _ = found
+            compiled[programs, 1, 1](*arguments, *map(keywords.__getitem__, names))
+        elif (compiled := kernel[(programs,)](*arguments, **keywords)) is not None:  # not interpreted
+            if len(_compiled) >= REMEMBERED:
+                _compiled.clear()
+            # with the kernel, so that no other one gets its id
+            _compiled[key] = compiled, kernel.arg_names[len(arguments) :], kernel
 
 
-def _add_kinds(values: Iterable, kinds: list) -> None:
-    """What a kernel is compiled for, and more: integers whole, of tensors the dtype and the alignment."""
+def _add_key(values: Iterable, key: list) -> None:
+    """Append everything a compiled kernel may depend on: numbers with their types, of tensors dtype and alignment."""
     for x in values:
         kind = type(x)
         if kind is int or x is None:
-            kinds.append(x)
+            key.append(x)
         elif kind is tl.constexpr:
-            kinds.append(x.value)
+            key.append(x.value)
         elif isinstance(x, tuple):
-            kinds.append(len(x))
-            _add_kinds(x, kinds)
+            key.append(len(x))
+            _add_key(x, key)
         elif isinstance(x, Tensor):
-            kinds += x.dtype, x.data_ptr() % 16
-        else:
-            kinds.append(float if kind is float else x)
+            key += x.dtype, x.data_ptr() % 16
+        else:  # a float may be a constant of a kernel, and True is equal to 1
+            key += kind, x
 
 
 def on(device: torch.device) -> AbstractContextManager:
