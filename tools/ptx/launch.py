@@ -1,0 +1,153 @@
+"""Launches that run in the emulator: those of Triton on CPU tensors, and kernels of a PTX module.
+
+with emulated(90) as log:
+    launcher(...)
+assert not log.faults
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from unittest import mock
+
+import numpy as np
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
+from triton.runtime.jit import JITFunction
+
+from .faults import Faults
+from .instructions import bits
+from .machine import Machine
+from .memory import GlobalMemory, Storage
+from .program import TYPES, Program
+
+POISONED = ("empty", "empty_like", "empty_strided")
+SMALL = 1 << 28  # bytes: larger storages are poisoned where pages come in
+
+
+@dataclass
+class Log:
+    """What ran, and what was found."""
+
+    order: str
+    faults: Faults = field(default_factory=Faults)
+    launches: list[str] = field(default_factory=list)  # kernels
+    programs: dict[str, Program] = field(default_factory=dict)
+    fresh: dict[int, Storage] = field(default_factory=dict)  # storages made by torch.empty, by address
+    kept: list[Tensor] = field(default_factory=list)  # so that no other tensor gets the address of one of these
+
+
+def run(program: Program, grid: int, threads: int, shared_bytes: int, arguments: Sequence, log: Log) -> None:
+    """A kernel on tensors, numbers, None (a null pointer) and, in the place of structures, functions from the addresses
+    of tensors to bytes.
+    """
+    machine = Machine(program, threads, shared_bytes, log.faults, log.order)
+    tensors = [x for argument in arguments for x in getattr(argument, "tensors", [argument]) if isinstance(x, Tensor)]
+    storages = {x.untyped_storage().data_ptr(): x for x in tensors if x.untyped_storage().nbytes()}
+    memory = GlobalMemory(machine.block, machine.granule, [_storage(x, log) for x in storages.values()])
+    machine.spaces["global"] = memory
+    for (first, size), argument in zip(program.parameters.values(), arguments):
+        machine.parameters[first : first + size] = _bytes(argument, size, memory)
+    with np.errstate(all="ignore"):
+        for block in range(grid):
+            machine.run_block(block, grid)
+    memory.write_back()
+    log.launches.append(program.name)
+
+
+def _bytes(argument, size: int, memory: GlobalMemory) -> np.ndarray:
+    """What stands in the place of a parameter."""
+    if callable(argument):
+        return np.frombuffer(argument(lambda x: memory.address(x.data_ptr())), np.uint8)
+    if isinstance(argument, float):
+        return bits(np.array([argument], np.float32 if size == 4 else np.float64), "u8")
+    value = memory.address(argument.data_ptr()) if isinstance(argument, Tensor) else int(argument or 0)
+    return bits(np.array([value % (1 << 64)], np.uint64), "u8")[:size]
+
+
+def _storage(x: Tensor, log: Log) -> Storage:
+    storage = x.untyped_storage()
+    if storage.data_ptr() in log.fresh:
+        return log.fresh[storage.data_ptr()]
+    view = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
+    return Storage(storage.data_ptr(), storage.nbytes(), view, fresh=False)
+
+
+class Driver:
+    """Stands for a driver: there is a device of the given capability."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.capability  # kernels are cached by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextmanager
+def emulated(capability: int, order: str = "lockstep") -> Iterator[Log]:
+    """Triton's launches on CPU tensors compile for the chip, without its assembler, and run here.
+
+    Nothing that `torch.empty` makes is written. Give Triton a cache folder of its own: what it compiles here has no
+    machine code.
+    """
+    from vitkernels import _triton
+
+    log, compile_and_run = Log(order), JITFunction.run
+    programs: dict[str, Program] = {}
+
+    def launch(kernel, *arguments, grid, warmup, **keywords):
+        """Returns None, so that no caller keeps the kernel."""
+        compiled = compile_and_run(kernel, *arguments, grid=grid, warmup=True, **keywords)
+        if compiled.hash not in programs:
+            programs[compiled.hash] = Program.parse(compiled.asm["ptx"], compiled.metadata.name)
+        program, meta = programs[compiled.hash], compiled.metadata
+        log.programs[program.name] = program
+        named = dict(zip(kernel.arg_names, arguments)) | keywords
+        given = [x for name, kind in compiled.src.signature.items() for x in _flat(kind, named[name])]
+        assert len(program.parameters) - len(given) in (0, 1, 2)  # and Triton's own workspaces, which are not used
+        run(program, math.prod(grid), meta.num_warps * 32, meta.shared, given, log)
+
+    def poisoned(make):
+        def empty(*arguments, **keywords):
+            x = make(*arguments, **keywords)
+            storage = x.untyped_storage()
+            if storage.nbytes():
+                view = torch.empty(0, dtype=torch.uint8).set_(storage)
+                log.fresh[storage.data_ptr()] = Storage(storage.data_ptr(), storage.nbytes(), view.numpy(), fresh=True)
+                log.kept.append(x)
+                if storage.nbytes() < SMALL:
+                    view.fill_(0xFF)
+            return x
+
+        return empty
+
+    with ExitStack() as stack:
+        patches = [(triton.runtime.driver, "_active", Driver(capability)), (JITFunction, "run", launch)]
+        patches += [(CUDABackend, "make_cubin", lambda *_: b"")]
+        patches += [(torch, name, poisoned(getattr(torch, name))) for name in POISONED]
+        patches += [(Tensor, name, poisoned(getattr(Tensor, name))) for name in ("new_empty",)]
+        for owner, name, value in patches:
+            stack.enter_context(mock.patch.object(owner, name, value))
+        for cached in (_triton.capability, _triton.processors):
+            cached.cache_clear()
+            stack.callback(cached.cache_clear)
+        yield log
+
+
+def _flat(kind, value) -> list:
+    """Arguments that a kernel takes at run time."""
+    if isinstance(kind, tuple):
+        return [x for k, v in zip(kind, value) for x in _flat(k, v)]
+    return [] if kind == "constexpr" else [value]
