@@ -242,6 +242,20 @@ def _(instruction, compare, combine, sign, size):
     return Values(("pred",) * results, (kind, kind, *["pred"] * bool(combine)), function)
 
 
+@values(r"setp\.(num|nan)\.(b?f16)(x2)?")
+def _(instruction, compare, kind, pair):
+    """Of numbers of 16 bits, or of two in one word: the lower one first."""
+    infinity = np.uint16(0x7F80 if kind == "bf16" else 0x7C00)
+
+    def decide(a, b):
+        halves = [bits(x, "u16").reshape(-1, 2 if pair else 1) & np.uint16(0x7FFF) for x in (a, b)]
+        nan = (halves[0] > infinity) | (halves[1] > infinity)
+        return tuple((nan if compare == "nan" else ~nan).T)
+
+    results = len(flat(instruction.operands[:1]))
+    return Values(("pred",) * results, ("u32" if pair else "u16",) * 2, lambda a, b: decide(a, b)[:results])
+
+
 @values(r"selp\.([busf](?:16|32|64))")
 def _(instruction, kind):
     return Values((kind,), (kind, kind, "pred"), lambda a, b, chosen: np.where(chosen, a, b))

@@ -99,8 +99,7 @@ class Driver:
 def emulated(capability: int, order: str = "lockstep") -> Iterator[Log]:
     """Triton's launches on CPU tensors compile for the chip, without its assembler, and run here.
 
-    Nothing that `torch.empty` makes is written. Give Triton a cache folder of its own: what it compiles here has no
-    machine code.
+    What `torch.empty` makes is poisoned. Triton keeps what it compiles in a folder of its own, as it lacks machine code.
     """
     from vitkernels import _triton
 
@@ -134,6 +133,8 @@ def emulated(capability: int, order: str = "lockstep") -> Iterator[Log]:
         return empty
 
     with ExitStack() as stack:
+        stack.enter_context(triton.knobs.cache.scope())
+        triton.knobs.cache.dir += "-emulated"
         patches = [(triton.runtime.driver, "_active", Driver(capability)), (JITFunction, "run", launch)]
         patches += [(CUDABackend, "make_cubin", lambda *_: b"")]
         patches += [(torch, name, poisoned(getattr(torch, name))) for name in POISONED]

@@ -200,7 +200,7 @@ def _(threads, instruction, n, k, kind):
         for first in range(0, threads.count, WARPGROUP):
             part = slice(first, first + WARPGROUP)
             mine = warps[first // LANES : first // LANES + 4]
-            reader = OperandReader(instruction, block, memory, mine)
+            reader = OperandReader(instruction, block, memory, mine, threads.count)
             b = reader.matrix(descriptors[0], part, n, kind, size, transposes[-1:] == ["1"])
             if in_registers:
                 a = gather([x[part] for x in fragments], "a", kind, (16, int(k))).reshape(64, -1)
@@ -222,13 +222,14 @@ def _(threads, instruction, n, k, kind):
 class OperandReader:
     """Reads operands from shared memory for one product."""
 
-    def __init__(self, instruction, block, memory, warps) -> None:
+    def __init__(self, instruction, block, memory, warps, threads: int) -> None:
         self.instruction, self.block, self.memory, self.warps = instruction, block, memory, warps
+        self.threads = threads
         self.granules = np.zeros(0, np.int64)
 
     def matrix(self, descriptors, part, rows: int, kind: str, size: int, transposed: bool) -> np.ndarray:
         """The operand [rows, k] that a descriptor points at, in chunks of 16 bytes."""
-        every = np.broadcast_to(descriptors, part.stop)[part]
+        every = np.broadcast_to(descriptors, self.threads)[part]
         self.block.fault("descriptor differs between threads", self.instruction, every != every[0])
         addresses = chunk_addresses(int(every[0]), rows, transposed)
         memory, thread = self.memory, self.warps[0] * LANES
