@@ -192,7 +192,9 @@ def _(instruction):
     table = int(instruction.operands[4], 0)
 
     def combine(a, b, c, _):
-        minterms = ((a if i & 4 else ~a) & (b if i & 2 else ~b) & (c if i & 1 else ~c) for i in range(8) if table >> i & 1)
+        minterms = (
+            (a if i & 4 else ~a) & (b if i & 2 else ~b) & (c if i & 1 else ~c) for i in range(8) if table >> i & 1
+        )
         return np.bitwise_or.reduce(list(minterms)) if table else a ^ a
 
     return Values(("u32",), ("u32",) * 4, combine)
@@ -206,7 +208,7 @@ def _highest(a: np.ndarray) -> np.ndarray:
 @values(r"(popc|clz|bfind|bfind\.shiftamt)\.[bu]32")
 def _(instruction, name):
     places = {
-        "popc": np.bitwise_count,
+        "popc": lambda a: np.unpackbits(bits(a, "u8").reshape(-1, 4), axis=1).sum(1),
         "clz": lambda a: 31 - _highest(a),
         "bfind": _highest,
         "bfind.shiftamt": lambda a: np.where(a == 0, -1, 31 - _highest(a)),
@@ -216,7 +218,14 @@ def _(instruction, name):
 
 # choice and conversion
 
-COMPARE = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal}
+COMPARE = {
+    "eq": np.equal,
+    "ne": np.not_equal,
+    "lt": np.less,
+    "le": np.less_equal,
+    "gt": np.greater,
+    "ge": np.greater_equal,
+}
 COMPARE |= {"lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal}
 COMBINE = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
 
@@ -296,7 +305,9 @@ def _(instruction, rounding, to, source):
         raise Unknown(str(instruction))
     if source[0] == "f" and to[0] != "f":
         limits = np.iinfo(TYPES[to])
-        return Values((to,), (source,), lambda a: np.clip(TO_INTEGER[rounding](np.nan_to_num(a)), limits.min, limits.max))
+        return Values(
+            (to,), (source,), lambda a: np.clip(TO_INTEGER[rounding](np.nan_to_num(a)), limits.min, limits.max)
+        )
     return Values((to,), (source,), TO_INTEGER[rounding] if rounding else lambda a: a)
 
 
@@ -309,7 +320,12 @@ def _(instruction, mode):
         lane, distance, control = np.arange(LANES), distance.astype(np.int64) & 31, control.astype(np.int64)
         segment, clamp = control >> 8 & 31, control & 31
         last, first = lane & segment | clamp & ~segment, lane & segment
-        source = {"up": lane - distance, "down": lane + distance, "bfly": lane ^ distance, "idx": first | distance & ~segment}
+        source = {
+            "up": lane - distance,
+            "down": lane + distance,
+            "bfly": lane ^ distance,
+            "idx": first | distance & ~segment,
+        }
         inside = source[mode] >= last if mode == "up" else source[mode] <= last
         found = np.take_along_axis(a, np.where(inside, source[mode], lane), 1)
         return (found, inside)[:results] if results > 1 else found
@@ -344,7 +360,10 @@ def _(threads, instruction, name, kind):
         if name.startswith("match"):
             found = ((grid[:, :, None] == grid[:, None, :]) & active[:, None, :]) @ places
         elif name.startswith("redux"):
-            reduced = [getattr(np, name.split(".")[-1].replace("add", "sum"))(g[a]) if a.any() else 0 for g, a in zip(grid, active)]
+            reduced = [
+                getattr(np, name.split(".")[-1].replace("add", "sum"))(g[a]) if a.any() else 0
+                for g, a in zip(grid, active)
+            ]
             found = np.repeat(np.array(reduced), LANES)
         else:
             found = np.repeat((grid & active) @ places, LANES)
@@ -407,7 +426,9 @@ def _(threads, instruction, form, space, name, kind):
     result = threads.register(instruction.operands[0], kind) if form == "atom" else None
     target, value = instruction.operands[-2:]
     address, operand = threads.address(target), threads.operand(value, kind)
-    combine = {"add": np.add, "min": np.minimum, "max": np.maximum, "or": np.bitwise_or, "and": np.bitwise_and}.get(name)
+    combine = {"add": np.add, "min": np.minimum, "max": np.maximum, "or": np.bitwise_or, "and": np.bitwise_and}.get(
+        name
+    )
 
     def run(mask):
         """One lane after another."""
@@ -444,7 +465,9 @@ def _(threads, instruction):
             memory = threads.machine.spaces["global"]
             found, allowed = memory.read(instruction, threads.ids[lanes[some]], source(lanes[some]), width)
             values[some[allowed], :width] = found
-        granules, allowed = threads.machine.spaces["shared"].start_copy(instruction, threads.ids[lanes], to(lanes), size)
+        granules, allowed = threads.machine.spaces["shared"].start_copy(
+            instruction, threads.ids[lanes], to(lanes), size
+        )
         threads.copies.append((lanes[allowed], threads.committed[lanes[allowed]], granules, values[allowed]))
 
     return run

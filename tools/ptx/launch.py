@@ -25,7 +25,7 @@ from .faults import Faults
 from .instructions import bits
 from .machine import Machine
 from .memory import GlobalMemory, Storage
-from .program import TYPES, Program
+from .program import Program
 
 POISONED = ("empty", "empty_like", "empty_strided")
 SMALL = 1 << 28  # bytes: larger storages are poisoned where pages come in
@@ -99,7 +99,7 @@ class Driver:
 def emulated(capability: int, order: str = "lockstep") -> Iterator[Log]:
     """Triton's launches on CPU tensors compile for the chip, without its assembler, and run here.
 
-    What `torch.empty` makes is poisoned. Triton keeps what it compiles in a folder of its own, as it lacks machine code.
+    What `torch.empty` makes is poisoned. Triton keeps what it compiles in another folder: it lacks machine code.
     """
     from vitkernels import _triton
 

@@ -30,7 +30,9 @@ class Machine:
         names: dict[int, list[str]] = {}
         for name, kind in program.registers.items():
             names.setdefault(size_of(kind) if kind != "pred" else 0, []).append(name)
-        self.banks = {size: np.zeros((len(bank), threads), f"u{size}" if size else bool) for size, bank in names.items()}
+        self.banks = {
+            size: np.zeros((len(bank), threads), f"u{size}" if size else bool) for size, bank in names.items()
+        }
         self.rows = {name: (size, row) for size, bank in names.items() for row, name in enumerate(bank)}
         self.spaces: dict[str, Memory] = {}
         self.grid = np.zeros((2, threads), np.uint32)  # the block's number, and how many there are

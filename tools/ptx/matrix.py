@@ -76,7 +76,7 @@ def _(threads, instruction, way, tiles, transposed):
     registers = [threads.register(name, "u32") for name in flat([names])]
     address = threads.address(instruction.operands[1 if way == "ld" else 0])
     pair = 2 * THREAD[:, None] + np.arange(2)
-    place = (pair, GROUP[:, None]) if transposed else (GROUP[:, None], pair)
+    place = (..., pair, GROUP[:, None]) if transposed else (..., GROUP[:, None], pair)
     tiles = int(tiles)
 
     def load(mask):
@@ -84,7 +84,7 @@ def _(threads, instruction, way, tiles, transposed):
         rows = np.full((len(lanes), 16), 0xFF, np.uint8)
         found, allowed = memory().read(instruction, threads.ids[lanes], address(lanes), 16)
         rows[allowed] = found
-        words = bits(rows.view(np.uint16).reshape(-1, tiles, 8, 8)[:, :, *place])[..., 0]  # [warps, tiles, lanes]
+        words = bits(rows.view(np.uint16).reshape(-1, tiles, 8, 8)[place])[..., 0]  # [warps, tiles, lanes]
         for register, word in zip(registers, words.swapaxes(0, 1)):
             register.reshape(-1, LANES)[lanes[:: 8 * tiles] // LANES] = word
 
@@ -92,7 +92,7 @@ def _(threads, instruction, way, tiles, transposed):
         lanes = _tile_lanes(threads, instruction, mask, tiles)
         words = np.stack(registers).reshape(tiles, -1, LANES)[:, lanes[:: 8 * tiles] // LANES]
         rows = np.empty((words.shape[1], tiles, 8, 8), np.uint16)
-        rows[:, :, *place] = bits(words, "u16").reshape(*words.shape, 2).swapaxes(0, 1)
+        rows[place] = bits(words, "u16").reshape(*words.shape, 2).swapaxes(0, 1)
         memory().write(instruction, threads.ids[lanes], address(lanes), rows.reshape(-1, 8).view(np.uint8))
 
     def memory():
@@ -124,15 +124,18 @@ class Product:
 
 
 def guard_registers(threads, instruction, run):
-    """Registers of a product in flight are not touched, and what a product takes is fenced."""
+    """Registers of a product in flight are not touched, and what a product takes is fenced. A copy needs no fence: the
+    assembler gives both ends of it one register.
+    """
     taken = threads.machine.product_registers & set(instruction.registers())
     if not taken or instruction.opcode.startswith("wgmma"):
         return run
     written = set(flat(instruction.operands[:1])) if not instruction.opcode.startswith("st") else set()
+    unfenced = set() if instruction.opcode.startswith("mov") else taken & written
 
     def checked(mask):
         products = threads.products
-        products.touched |= taken & written
+        products.touched |= unfenced
         for product in products.flying():
             if taken & set(product.names) or written & set(product.fragments):
                 block = threads.machine.block
@@ -250,7 +253,9 @@ class OperandReader:
         writer, step = memory.writer[granules] - block.first, memory.write_step[granules]
         fenced = np.maximum(block.fenced[np.maximum(writer, 0)], block.fenced[mine].min())
         kind = "shared operand of a product without fence.proxy.async"
-        block.fault(kind, self.instruction, (writer >= 0) & (fenced < step), self.warps[0] * LANES, memory._at(granules))
+        block.fault(
+            kind, self.instruction, (writer >= 0) & (fenced < step), self.warps[0] * LANES, memory._at(granules)
+        )
 
 
 SWIZZLES = {0: (16, 0), 1: (128, 7), 2: (64, 3), 3: (32, 1)}  # bytes of a line, and which bits are mixed

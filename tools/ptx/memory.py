@@ -1,9 +1,9 @@
 """Bytes of a memory space, and for every granule of them who wrote and read it last.
 
-Order is known by vector clocks of warps. A warp's time advances at its barriers; ``seen[w, v]`` is the last time of warp
-v whose accesses are done before what warp w does now. Two accesses of a granule race if one writes and the later one's
-warp has not seen the earlier one's time, unless both are of one thread. What an asynchronous copy or product has in
-flight carries the time NEVER, which nobody sees.
+Order is known by vector clocks of warps. A warp's time advances at its barriers; ``seen[w, v]`` is the last time of
+warp v whose accesses are done before what warp w does now. Two accesses of a granule race if one writes and the later
+one's warp has not seen the earlier one's time, unless both are of one thread. What an asynchronous copy or product has
+in flight carries the time NEVER, which nobody sees.
 """
 
 from __future__ import annotations
@@ -110,7 +110,9 @@ class Memory:
         block = self.block
         unwritten = ~self.written[granules]
         if unwritten.any():
-            block.fault(f"{self.name} read of what was never written", instruction, unwritten, threads, self._at(granules))
+            block.fault(
+                f"{self.name} read of what was never written", instruction, unwritten, threads, self._at(granules)
+            )
         race = self._unseen_write(granules, threads, warps)
         if race.any():
             self._fault_of_race(instruction, "read", "write", self.writer[granules], race, threads, granules)
@@ -237,7 +239,9 @@ class GlobalMemory(Memory):
     def __init__(self, block: Block, granule: int, storages: list) -> None:
         super().__init__("global", block, granule, 0)
         self.storages = storages
-        self.starts = np.array([self.BASE + i * self.APART + s.address % PAGE for i, s in enumerate(storages)], np.int64)
+        self.starts = np.array(
+            [self.BASE + i * self.APART + s.address % PAGE for i, s in enumerate(storages)], np.int64
+        )
         self.ends = self.starts + np.array([s.size for s in storages], np.int64)
         self.pages = np.zeros(0, np.int64)  # sorted, with where they lie in `data`
         self.places = np.zeros(0, np.int64)
@@ -281,7 +285,9 @@ class GlobalMemory(Memory):
         for page, place in zip(self.pages, self.places):
             here, there, storage = self._overlap(page, place)
             storage.bytes(there)[:] = self.data[here]
-            storage.note(there.start, self.written[place // self.granule : (place + PAGE) // self.granule], self.granule)
+            storage.note(
+                there.start, self.written[place // self.granule : (place + PAGE) // self.granule], self.granule
+            )
 
 
 class Storage:
