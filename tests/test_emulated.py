@@ -5,17 +5,25 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import TRITON_REFUSAL
+from contract import leaf_of
 from emulated_cases import CASES
+
+from vitkernels.cluster_attention.reference import balanced_clusters
+from vitkernels.tree import Tree
 
 if TRITON_REFUSAL is not None:
     pytest.skip(TRITON_REFUSAL, allow_module_level=True)
 
+ROOT = Path(__file__).parents[1]
 SCRIPT = Path(__file__).with_name("emulated_cases.py")
 LAST_BIT = (
     "a sum is held by several lanes, whose additions the compiler ordered or fused in different ways: it differs in its"
@@ -49,3 +57,63 @@ def test_compiled_kernels(results, chip, name):
     assert not others, "\n".join(others)
     assert not found["error"], found["error"]
     assert {f["kernel"] for f in found["faults"]} == known and found["launches"]
+
+
+@pytest.fixture
+def cuda_ptx(once) -> str:
+    """What nvcc makes of the kernels of csrc/cuda for sm_80."""
+    if (nvcc := shutil.which("nvcc")) is None:
+        pytest.skip("no nvcc")
+    source = ROOT / "csrc" / "cuda" / "balanced_clusters.kernel.cu"
+    command = [nvcc, "-ptx", "-arch=sm_80", "-std=c++17", "-lineinfo", f"-I{ROOT / 'csrc'}", source, "-o"]
+    return once("balanced_clusters.ptx", lambda path: subprocess.run([*command, path], check=True)).read_text()
+
+
+def known_of_clusters(fault) -> bool:
+    """`score` alone: the lane that puts a token's key in the place of its norm has what the others of its slice made of
+    the norm, by shuffles, so that they have read it. Lanes beyond the last token read the first one's, and drop it.
+    """
+    source = (ROOT / "csrc" / "cuda" / "balanced_clusters.cuh").read_text().splitlines()
+    line = source[int(fault.instruction.line.split(":")[1]) - 1]
+    return fault.kind.endswith("by a lane of the same warp") and "value[place]" in line
+
+
+@pytest.mark.parametrize(
+    "tokens, features, dtype, order, limit",
+    [
+        (200, 16, "float32", "ascending", 163),
+        (99, 32, "bfloat16", "lockstep", 163),
+        (140, 16, "float16", "descending", 4),
+    ],
+)
+def test_cuda_clusters(monkeypatch, cuda_ptx, built, tokens, features, dtype, order, limit):
+    """The order is that of the reference; what a block has in shared memory depends on the limit (KiB)."""
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    from ptx.launch import Log, Program, Struct, run
+
+    torch.manual_seed(0)
+    x, leaf_size, iterations = torch.randn(1, tokens, 2, features).to(getattr(torch, dtype)), 49, 2
+    warps, resident, workspace, shared = built("cuda_bindings").plan(tokens, features, dtype, limit * 1024)
+    tree, out = Tree.of(tokens, leaf_size), torch.full((1, 2, tokens), -1, dtype=torch.int32)
+    words = torch.empty(2, tokens + (tokens + 1) // 2, dtype=torch.int32) if workspace else None
+    fields = [
+        x,
+        *x.stride()[:3],
+        out,
+        words,
+        2,
+        2,
+        tree.tokens,
+        tree.levels,
+        features,
+        iterations,
+        1.4426950408889634 / 0.1,
+    ]
+    element = {"float32": "If", "float16": "I6__half", "bfloat16": "I13__nv_bfloat16"}[dtype]
+    (name,) = re.findall(rf"\.entry\s+(\w+{element}Lb{int(resident)}E\w+)", cuda_ptx)
+    log = Log(order)
+    run(Program.parse(cuda_ptx, name), 2, 32 * warps, shared, [Struct("<Q3qQQ2q2q2if4x", fields)], log)
+    assert not (others := [str(f) for f in log.faults if not known_of_clusters(f)]), "\n".join(others)
+    assert torch.equal(out.sort(-1).values, torch.arange(tokens, dtype=torch.int32).expand_as(out))
+    exact = balanced_clusters(x, leaf_size, iterations, 0.1, dtype=torch.float64)
+    assert (leaf_of(out, leaf_size) == leaf_of(exact, leaf_size)).float().mean() >= 0.99

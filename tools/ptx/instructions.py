@@ -436,7 +436,7 @@ def _(threads, instruction, form, space, name, kind):
         for lane in threads.lanes(mask):
             which, at = threads.ids[lane : lane + 1], address(np.array([lane]))
             old, allowed = memory.granules(instruction, which, at, size_of(kind))
-            old = bits(memory.values(old.ravel()), "u8").view(TYPES[kind]).ravel()
+            old = memory.values(old.ravel()).reshape(-1).view(TYPES[kind])
             if len(allowed):
                 given = np.broadcast_to(operand, threads.count)[lane : lane + 1]
                 new = combine(old, given) if combine else given

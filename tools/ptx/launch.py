@@ -8,6 +8,7 @@ assert not log.faults
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -32,6 +33,14 @@ SMALL = 1 << 28  # bytes: larger storages are poisoned where pages come in
 
 
 @dataclass
+class Struct:
+    """A parameter that is a structure: its layout as the module ``struct`` writes it, and its fields."""
+
+    layout: str
+    values: Sequence
+
+
+@dataclass
 class Log:
     """What ran, and what was found."""
 
@@ -44,11 +53,9 @@ class Log:
 
 
 def run(program: Program, grid: int, threads: int, shared_bytes: int, arguments: Sequence, log: Log) -> None:
-    """A kernel on tensors, numbers, None (a null pointer) and, in the place of structures, functions from the addresses
-    of tensors to bytes.
-    """
+    """A kernel on tensors, numbers, None (a null pointer) and structures, which are `Struct`."""
     machine = Machine(program, threads, shared_bytes, log.faults, log.order)
-    tensors = [x for argument in arguments for x in getattr(argument, "tensors", [argument]) if isinstance(x, Tensor)]
+    tensors = [x for argument in arguments for x in getattr(argument, "values", [argument]) if isinstance(x, Tensor)]
     storages = {x.untyped_storage().data_ptr(): x for x in tensors if x.untyped_storage().nbytes()}
     memory = GlobalMemory(machine.block, machine.granule, [_storage(x, log) for x in storages.values()])
     machine.spaces["global"] = memory
@@ -63,8 +70,9 @@ def run(program: Program, grid: int, threads: int, shared_bytes: int, arguments:
 
 def _bytes(argument, size: int, memory: GlobalMemory) -> np.ndarray:
     """What stands in the place of a parameter."""
-    if callable(argument):
-        return np.frombuffer(argument(lambda x: memory.address(x.data_ptr())), np.uint8)
+    if isinstance(argument, Struct):
+        fields = (memory.address(x.data_ptr()) if isinstance(x, Tensor) else x or 0 for x in argument.values)
+        return np.frombuffer(struct.pack(argument.layout, *fields), np.uint8)
     if isinstance(argument, float):
         return bits(np.array([argument], np.float32 if size == 4 else np.float64), "u8")
     value = memory.address(argument.data_ptr()) if isinstance(argument, Tensor) else int(argument or 0)
