@@ -498,7 +498,7 @@ def _(threads, instruction, which):
     return run
 
 
-@effect(r"(?:prefetch|discard|membar|fence(?!\.proxy)|createpolicy|griddepcontrol|nanosleep).*")
+@effect(r"(?:nothing|prefetch|discard|membar|fence(?!\.proxy)|createpolicy|griddepcontrol|nanosleep).*")
 def _(threads, instruction):
     return lambda mask: None
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from unittest import mock
@@ -52,17 +52,22 @@ class Log:
     kept: list[Tensor] = field(default_factory=list)  # so that no other tensor gets the address of one of these
 
 
-def run(program: Program, grid: int, threads: int, shared_bytes: int, arguments: Sequence, log: Log) -> None:
-    """A kernel on tensors, numbers, None (a null pointer) and structures, which are `Struct`."""
+def run(
+    program: Program, grid: int, threads: int, shared_bytes: int, arguments: Sequence, log: Log, blocks: Iterable[int] = ()
+) -> None:
+    """A kernel on tensors, numbers, None (a null pointer) and structures, which are `Struct`; all blocks of the grid or
+    those that are given.
+    """
     machine = Machine(program, threads, shared_bytes, log.faults, log.order)
-    tensors = [x for argument in arguments for x in getattr(argument, "values", [argument]) if isinstance(x, Tensor)]
+    values = [x for argument in arguments for x in (argument.values if isinstance(argument, Struct) else [argument])]
+    tensors = [x for x in values if isinstance(x, Tensor)]
     storages = {x.untyped_storage().data_ptr(): x for x in tensors if x.untyped_storage().nbytes()}
     memory = GlobalMemory(machine.block, machine.granule, [_storage(x, log) for x in storages.values()])
     machine.spaces["global"] = memory
     for (first, size), argument in zip(program.parameters.values(), arguments):
         machine.parameters[first : first + size] = _bytes(argument, size, memory)
     with np.errstate(all="ignore"):
-        for block in range(grid):
+        for block in blocks or range(grid):
             machine.run_block(block, grid)
     memory.write_back()
     log.launches.append(program.name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -83,6 +83,11 @@ class Program:
             elif statement and not statement.startswith("."):
                 program.code.append(_instruction(len(program.code), statement, line))
         return program
+
+    def without(self, index: int) -> Program:
+        """The program with an instruction left out: in its place stands one that does nothing."""
+        nothing = replace(self.code[index], opcode="nothing", operands=[])
+        return replace(self, code=[*self.code[:index], nothing, *self.code[index + 1 :]])
 
     def _declare_parameters(self, text: str) -> None:
         for parameter in filter(str.strip, text.split(",")):
