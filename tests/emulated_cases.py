@@ -1,20 +1,23 @@
 """Small problems for every kernel, compiled for a chip and run by the emulator of tools/ptx. One process per chip:
 
-python tests/emulated_cases.py CHIP [ORDER|orders] [--only PATTERN]    prints what was found, as JSON
+python tests/emulated_cases.py CHIP [ORDER] [--only PATTERN]    prints what was found, as JSON
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import sys
 import time
 import traceback
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).parents[1]
+ORDERS = "lockstep", "ascending", "descending"  # of warps
 BF16, FP16, FP32 = "bfloat16", "float16", "float32"
 # by name: the order of warps, the function below and its arguments
 CASES = {
@@ -26,6 +29,8 @@ CASES = {
         "MLP of 6": ("lockstep", "inline", 4, 6, 16, BF16),
         "81 tokens, streamed": ("lockstep", "partition", (9, 0), (9, 9), 16, BF16),
         "81 tokens, streamed, no bias, ragged": ("descending", "partition", (9, 0), (10, 9), 16, FP16, False),
+        "strides of 2**31, 9 tokens": ("lockstep", "far", (3, 3), (512, 128, 32, 2**31)),
+        "70,000 groups of 16": ("lockstep", "many", 4, 16, BF16),
         "leaves of 49": ("lockstep", "clusters", 98, 49, 20, 1, 32, BF16),
         "leaves of 16 and 17": ("descending", "clusters", 33, 16, 4, 1, 16, FP32),
         "leaves of 72, streamed": ("ascending", "clusters", 144, 72, 20, 1, 16, BF16),
@@ -45,6 +50,8 @@ CASES = {
         "MLP of 12": ("ascending", "inline", 4, 12, 16, FP16),
         "81 tokens, streamed": ("lockstep", "partition", (9, 4), (9, 9), 32, FP16),
         "81 tokens, streamed, no bias": ("lockstep", "partition", (9, 0), (9, 9), 16, BF16, False),
+        "strides of 2**31, 72 tokens": ("lockstep", "far", (9, 8), (2**31 + 8, 128, 32, 16)),
+        "70,000 groups of 81": ("lockstep", "many", 9, 16, FP16),
         "leaves of 49": ("ascending", "clusters", 98, 49, 20, 1, 32, FP16),
         "leaves of 72, streamed": ("lockstep", "clusters", 144, 72, 20, 1, 32, BF16),
         "pooled": ("descending", "pooled", (4, 5), (2, 3), 1, 1, 32, BF16),
@@ -73,6 +80,35 @@ def partition(group, size, head_dim, dtype, biased=True) -> None:
     from vitkernels import Partition
 
     test_triton.check(Partition.window(*group), 1, *size, 1, head_dim, getattr(torch, dtype), "cpu", biased=biased)
+
+
+def far(group, strides) -> None:
+    import test_triton
+
+    test_triton.test_addresses_past_2_31_elements(group, strides, "cpu")
+
+
+def many(group, head_dim, dtype) -> None:
+    """More groups than a grid's y and z take, an image each. Only programs of the first and of the last run."""
+    import torch
+    from conftest import sparse
+    from contract import assert_as_exact
+
+    from vitkernels import Partition
+    from vitkernels.partition_attention import kernels
+    from vitkernels.partition_attention.reference import partition_attention
+
+    shape = 70_000, group, group, 3, 1, head_dim
+    qkv = sparse(math.prod(shape), "cpu").view(getattr(torch, dtype)).view(shape)
+    torch.manual_seed(0)
+    qkv[0], qkv[-1] = torch.randn(2, *shape[1:])
+    with mock.patch.object(kernels, "processors", lambda device: shape[0]):
+        geometry = (group, group, 1, 1, 0, 0)
+        out, _ = kernels.partition_attention_forward(*qkv.unbind(3), None, [], False, geometry, 0.25)
+    ends = qkv[:: shape[0] - 1]
+    part = Partition.window(group)
+    exact, eager = (partition_attention(*x.unbind(3), part, None, 0.25) for x in (ends.double(), ends))
+    assert_as_exact([out[:: shape[0] - 1]], [eager], [exact], qkv.dtype)
 
 
 def inline(group, hidden, head_dim, dtype) -> None:
@@ -143,7 +179,7 @@ def run(chip: int, name: str, order: str) -> dict:
 
     _, function, *arguments = CASES[chip][name]
     started, error = time.time(), ""
-    with emulated(chip, order) as log:
+    with emulated(chip, order, ends=2 if function == "many" else 0) as log:
         try:
             globals()[function](*arguments)
         except AssertionError as wrong:
@@ -157,21 +193,22 @@ def run(chip: int, name: str, order: str) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("chip", type=int, choices=CASES)
-    parser.add_argument("order", nargs="?", help="of warps, in the place of a case's own; 'orders' are all three")
+    parser.add_argument(
+        "order", nargs="?", default="own", choices=["own", *ORDERS], help="of warps; 'own' is the case's"
+    )
     parser.add_argument("--only", default="", help="cases whose names match this expression")
     arguments = parser.parse_args()
     compile_for_cpu_tensors()
     sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "benchmarks")]
     import torch
-    from ptx.machine import ORDERS
 
     torch.set_num_threads(1)
     found = {}
     for name, (own, *_) in CASES[arguments.chip].items():
-        orders = ORDERS if arguments.order == "orders" else [arguments.order or own]
-        for order in orders if re.search(arguments.only, name) else []:
-            found[name if len(orders) == 1 else f"{name}, {order}"] = run(arguments.chip, name, order)
-            print(name, order, found[name if len(orders) == 1 else f"{name}, {order}"]["seconds"], file=sys.stderr)
+        if re.search(arguments.only, name):
+            order = own if arguments.order == "own" else arguments.order
+            found[name] = run(arguments.chip, name, order)
+            print(name, order, found[name]["seconds"], file=sys.stderr)
     json.dump(found, sys.stdout, indent=1)
 
 

@@ -10,11 +10,11 @@ import re
 import sys
 from unittest import mock
 
-from emulated_cases import CASES, ROOT, compile_for_cpu_tensors
+from emulated_cases import ROOT, compile_for_cpu_tensors
 
 KERNELS = {  # chip, case, kernel
-    "copies, sm_80": (80, "81 tokens, streamed", "_streamed_attention_forward"),
     "products of warp groups, sm_90": (90, "49 tokens, bf16", "_partition_attention_forward"),
+    "copies, sm_80": (80, "81 tokens, streamed", "_streamed_attention_forward"),
     "partial sums, sm_80": (80, "49 tokens, bf16", "_partition_attention_backward"),
 }
 ORDERING = re.compile(r"bar(rier)?\.|fence|cp\.async\.wait|wgmma\.(fence|wait)")
@@ -41,7 +41,6 @@ def mutants(chip: int, case: str, kernel: str) -> list[dict]:
     """One entry per instruction: what it is, and the kinds of faults of the first block without it."""
     import torch
     from ptx.launch import Log, run
-    from ptx.memory import HOST
 
     program, grid, threads, shared, tensors, contents = next(x for x in launches(chip, case) if x[0].name == kernel)
     pointers = [(x, y) for x, y in zip(tensors, contents) if hasattr(x, "copy_")]

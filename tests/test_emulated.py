@@ -1,4 +1,7 @@
-"""Compiled kernels, run without a GPU by the emulator of tools/ptx: the numerical contract, and no fault."""
+"""Compiled kernels, run without a GPU by the emulator of tools/ptx: the numerical contract, and no fault.
+
+With VITKERNELS_EMULATE set (``make emulate``) every case runs in all orders of warps, and more kernels are mutated.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,8 @@ import pytest
 import torch
 from conftest import TRITON_REFUSAL
 from contract import leaf_of
-from emulated_cases import CASES
+from emulated_cases import CASES, ORDERS
+from emulated_mutations import KERNELS
 
 from vitkernels.cluster_attention.reference import balanced_clusters
 from vitkernels.tree import Tree
@@ -23,8 +27,9 @@ from vitkernels.tree import Tree
 if TRITON_REFUSAL is not None:
     pytest.skip(TRITON_REFUSAL, allow_module_level=True)
 
+triton = pytest.importorskip("triton")
+EVERYTHING = bool(os.environ.get("VITKERNELS_EMULATE"))
 ROOT = Path(__file__).parents[1]
-SCRIPT = Path(__file__).with_name("emulated_cases.py")
 LAST_BIT = (
     "a sum is held by several lanes, whose additions the compiler ordered or fused in different ways: it differs in its"
     " last bit, and which lane's is kept may differ between runs"
@@ -33,30 +38,60 @@ KNOWN = {  # case: the kernels whose lanes write different values to one place, 
     "table of an MLP of 24, 12 heads": {"_dynamic_position_bias_backward": LAST_BIT},
     "pooled, 129 columns, fp32": {"attention_backward_query": LAST_BIT},
 }
+HARMLESS = {  # what may be left out of these kernels unseen: the instruction, its file, and why
+    "copies, sm_80": [
+        ("bar.sync", "_triton.py", "copies follow, to the second stage's place, which nobody has used before")
+    ],
+    "products of warp groups, sm_90": [
+        ("wgmma.fence", "_triton.py", "the accumulators are zeros, which a copy of registers put there"),
+        ("fence.proxy", "_triton.py", "nothing was written to shared memory since the fence before"),
+    ],
+    "partial sums, sm_80": [
+        ("bar.sync", "kernels.py", "the next barrier follows at once; this one is for a table of the MLP"),
+        ("bar.sync", "_triton.py", "follows that barrier at once"),
+    ],
+}
 
 
 @pytest.fixture
 def results(once):
-    """``results(chip)``: what was found of every case, from one process."""
+    """``results(script, *arguments)``: what a script found, from one process for all tests."""
 
-    def write(chip: int, path: Path) -> None:
+    def write(command: list[str], path: Path) -> None:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "CUDA_VISIBLE_DEVICES": ""}
-        done = subprocess.run([sys.executable, SCRIPT, str(chip)], env=environment, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         path.write_text(done.stdout)
 
-    return lambda chip: json.loads(once(f"emulated_{chip}.json", functools.partial(write, chip)).read_text())
+    def read(script: str, *arguments: str) -> dict:
+        command = [str(ROOT / "tests" / script), *arguments]
+        name = re.sub(r"\W+", "_", "_".join([script, *arguments]))
+        return json.loads(once(f"{name}.json", functools.partial(write, command)).read_text())
+
+    return read
 
 
+@pytest.mark.parametrize("order", ORDERS if EVERYTHING else ["own"])
 @pytest.mark.parametrize("chip, name", [(chip, name) for chip, cases in CASES.items() for name in cases])
-def test_compiled_kernels(results, chip, name):
+def test_compiled_kernels(results, chip, name, order):
     """A case whose faults are known has them: one that is gone leaves the list."""
-    found = results(chip)[name]
+    found = results("emulated_cases.py", str(chip), order)[name]
     known = set(KNOWN.get(name, {}))
     others = [f["text"] for f in found["faults"] if not (f["kernel"] in known and "different values" in f["kind"])]
     assert not others, "\n".join(others)
     assert not found["error"], found["error"]
     assert {f["kernel"] for f in found["faults"]} == known and found["launches"]
+
+
+@pytest.mark.skipif(not triton.__version__.startswith("3.6."), reason="the harmless ones are those of Triton 3.6")
+@pytest.mark.parametrize("name", KERNELS if EVERYTHING else [*KERNELS][:1])
+def test_what_is_left_out_is_seen(results, name):
+    """Every barrier, wait and fence of a kernel but those that are harmless."""
+    found = results("emulated_mutations.py", name)[name]
+    unseen = [x["left_out"] for x in found if not x["faults"] and x["same_values"]]
+    harmless = [(opcode, file) for opcode, file, _ in HARMLESS[name]]
+    assert [text for text in unseen if not any(f"`{o}" in text and f"at {f}:" in text for o, f in harmless)] == []
+    assert len(unseen) == len(harmless) and len(found) >= 15
 
 
 @pytest.fixture

@@ -13,12 +13,13 @@ from .instructions import SHARED_WINDOW, bind
 from .memory import LANES, POISON, Block, Memory
 from .program import TYPES, Program, Unknown, size_of
 
-ORDERS = ("lockstep", "ascending", "descending")  # all threads together, or warp after warp up to the next barrier
 SHARED_BASE = 1024  # address of a block's shared memory
 
 
 class Machine:
-    """One multiprocessor, which runs one block after another."""
+    """One multiprocessor, which runs one block after another. The order of threads is "lockstep", all together, or
+    "ascending" or "descending", one warp after another up to the next barrier.
+    """
 
     def __init__(self, program: Program, threads: int, shared_bytes: int, faults: Faults, order="lockstep") -> None:
         self.program, self.threads, self.order = program, threads, order
