@@ -339,7 +339,7 @@ def _by_warps(rule: Values) -> Values:
 
     def function(*operands):
         threads = max(x.size for x in operands)
-        grids = [np.broadcast_to(x, threads).reshape(-1, LANES) for x in operands]
+        grids = [(x if x.size == threads else np.broadcast_to(x, threads)).reshape(-1, LANES) for x in operands]
         results = rule.function(*grids)
         return tuple(x.ravel() for x in results) if isinstance(results, tuple) else results.ravel()
 

@@ -118,8 +118,8 @@ class Driver:
 def emulated(capability: int, order: str = "lockstep", ends: int = 0) -> Iterator[Log]:
     """Triton's launches on CPU tensors compile for the chip, without its assembler, and run here.
 
-    With ``ends`` only so many of the first and of the last blocks of a launch run. What `torch.empty` makes is poisoned.
-    Triton keeps what it compiles in another folder: it lacks machine code.
+    With ``ends`` only so many of the first and of the last blocks of a launch run. What `torch.empty` makes is
+    poisoned. Triton keeps what it compiles in another folder: it lacks machine code.
     """
     from vitkernels import _triton
 

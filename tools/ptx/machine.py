@@ -112,6 +112,7 @@ class Threads:
 
     def __init__(self, machine: Machine, first: int, count: int) -> None:
         self.machine, self.count, self.ids = machine, count, np.arange(first, first + count)
+        self.every, self.warps = np.arange(count), np.arange(first // LANES, (first + count) // LANES)
         self.pc, self.expected = np.zeros(count, np.int64), np.zeros(count, np.int64)
         self.alive, self.barrier = np.zeros(count, bool), np.zeros(count, np.int64)  # which it waits at, or -1
         self.committed = np.zeros(count, np.int64)
@@ -204,13 +205,15 @@ class Threads:
         return lambda lanes: values[lanes].astype(np.int64) + offset
 
     def lanes(self, mask) -> np.ndarray:
-        return np.arange(self.count) if mask is True else np.flatnonzero(mask)
+        return self.every if mask is True else np.flatnonzero(mask)
 
     def whole_warps(self, instruction, mask) -> np.ndarray:
         """The warps, numbered in the block, that execute what a whole warp must execute together."""
-        active = np.broadcast_to(mask, self.count).reshape(-1, LANES)
+        if mask is True:
+            return self.warps
+        active = mask.reshape(-1, LANES)
         some = active.any(1)
         if (partial := some & ~active.all(1)).any():
             kind = "executed by a part of a warp"
             self.machine.block.fault(kind, instruction, np.repeat(partial, LANES), self.ids, 0)
-        return np.flatnonzero(some) + self.ids[0] // LANES
+        return self.warps[some]

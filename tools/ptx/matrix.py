@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 
 from .instructions import Values, bf16_to_f32, bits, effect, flat, values
@@ -12,6 +14,7 @@ GROUP, THREAD = np.arange(LANES) // 4, np.arange(LANES) % 4  # of a lane in its 
 WARPGROUP = 4 * LANES
 
 
+@lru_cache(None)
 def layout(operand: str, registers: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Row and column [registers, lanes, elements of a register] of what the lanes of a warp have.
 
@@ -37,7 +40,7 @@ def numbers(words: np.ndarray, kind: str) -> np.ndarray:  # [..] of 4 bytes -> [
 def gather(registers: list, operand: str, kind: str, shape: tuple[int, int]) -> np.ndarray:
     """The tiles [warps, *shape] whose fragments lie in registers."""
     rows, columns = layout(operand, len(registers), 4 if kind in ("tf32", "f32") else 2)
-    words = np.stack(np.broadcast_arrays(*registers)).reshape(len(registers), -1, LANES).swapaxes(0, 1)
+    words = np.stack(registers).reshape(len(registers), -1, LANES).swapaxes(0, 1)
     tiles = np.empty((len(words), *shape), np.float32)
     tiles[:, rows, columns] = words[..., None] if kind == "f32" else numbers(words, kind)
     return tiles

@@ -15,7 +15,7 @@ from .program import Instruction
 
 LANES = 32
 NEVER = 2**31 - 1
-HOST, MANY, COPY, PRODUCT = -1, -2, -3, -4  # in the place of a thread
+HOST, MANY, COPY, PRODUCT, OTHERS = -1, -2, -3, -4, -5  # in the place of a thread; OTHERS are those of other blocks
 POISON = 0xFFDE  # a NaN of every type of 16 bits, and twice of float32
 PAGE = 4096  # bytes
 
@@ -188,13 +188,15 @@ class Memory:
             unseen &= self.reader[cells] != threads[:, None]
             if atomic:
                 unseen &= ~self.atomic[granules][:, None]
-            readers = np.where(unseen, self.reader[cells], HOST - 10)
+            some = block.first + np.arange(block.warps) * LANES  # of every warp
+            readers = np.where(self.reader[cells] == MANY, some, self.reader[cells])
+            readers = np.where(unseen, readers, OTHERS - 1)
             kind = "atomic" if atomic else "write"
             self._fault_of_race(instruction, kind, "read", readers.max(1), unseen.any(1), threads, granules)
         earlier = self.reading_block[granules]
         other = (earlier != HOST) & (earlier != block.index)
         if other.any():
-            self._fault_of_race(instruction, "write", "read", np.zeros(len(other)) - 9, other, threads, granules)
+            self._fault_of_race(instruction, "write", "read", np.full(len(other), OTHERS), other, threads, granules)
 
     def _note_read(self, granules, threads) -> None:
         block = self.block
@@ -220,8 +222,8 @@ class Memory:
         whose = {
             "an asynchronous copy in flight": others == COPY,
             "a product in flight": others == PRODUCT,
-            "another block": (others >= 0) & (others < block.first) | (others == -9),
-            "a lane of the same warp": (others == MANY) | ((others >= block.first) & (warps == other_warps)),
+            "another block": (others >= 0) & (others < block.first) | (others == OTHERS),
+            "a lane of the same warp": (others >= block.first) & (warps == other_warps),
             "another warp": (others >= block.first) & (warps != other_warps),
         }
         for who, mask in whose.items():
