@@ -174,7 +174,7 @@ def table(group, hidden, heads, residual) -> None:
 
 
 def run(chip: int, name: str, order: str) -> dict:
-    """What is wrong with a case: an exception, faults."""
+    """Run a case. Returns the exception and the faults, if any."""
     from ptx.launch import emulated
 
     _, function, *arguments = CASES[chip][name]

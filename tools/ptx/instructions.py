@@ -168,7 +168,7 @@ def _(instruction):
 @values(r"bfe\.([us])(32|64)")
 def _(instruction, sign, size):
     def extract(a, first, count):
-        """Up, so that the field's last bit is the highest, and down again."""
+        """Shift up, so that the field's last bit is the highest, and down again."""
         first, count = (first & 255).astype(np.int64), (count & 255).astype(np.int64)
         up = np.maximum(int(size) - first - count, 0)
         down = np.minimum(first + up, int(size) - 1)
@@ -253,7 +253,7 @@ def _(instruction, compare, combine, sign, size):
 
 @values(r"setp\.(num|nan)\.(b?f16)(x2)?")
 def _(instruction, compare, kind, pair):
-    """Of numbers of 16 bits, or of two in one word: the lower one first."""
+    """Numbers of 16 bits, or two in one word, the lower one first."""
     infinity = np.uint16(0x7F80 if kind == "bf16" else 0x7C00)
 
     def decide(a, b):
@@ -348,7 +348,7 @@ def _by_warps(rule: Values) -> Values:
 
 @effect(r"(vote\.sync\.ballot|match\.any\.sync|redux\.sync\.(?:min|max|add)|activemask)\.(\w+)")
 def _(threads, instruction, name, kind):
-    """Of the lanes that take part: what all of them get."""
+    """What lanes make together and all of them get."""
     operand = "pred" if name.startswith("vote") else kind
     value = threads.operand(instruction.operands[1], operand) if len(instruction.operands) > 1 else np.ones(1, bool)
     result = threads.register(instruction.operands[0], kind)
@@ -431,7 +431,7 @@ def _(threads, instruction, form, space, name, kind):
     )
 
     def run(mask):
-        """One lane after another."""
+        """Lanes take turns."""
         memory = threads.machine.memory(space, np.zeros(0))[0]
         for lane in threads.lanes(mask):
             which, at = threads.ids[lane : lane + 1], address(np.array([lane]))

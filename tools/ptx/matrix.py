@@ -7,7 +7,7 @@ from functools import lru_cache
 import numpy as np
 
 from .instructions import Values, bf16_to_f32, bits, effect, flat, values
-from .memory import LANES, PRODUCT
+from .memory import LANES
 from .program import Unknown
 
 GROUP, THREAD = np.arange(LANES) // 4, np.arange(LANES) % 4  # of a lane in its warp
@@ -127,8 +127,9 @@ class Product:
 
 
 def guard_registers(threads, instruction, run):
-    """Registers of a product in flight are not touched, and what a product takes is fenced. A copy needs no fence: the
-    assembler gives both ends of it one register.
+    """Check that registers of a product in flight are not touched, and that what a product takes is fenced.
+
+    A copy needs no fence: the assembler gives both ends of it one register.
     """
     taken = threads.machine.product_registers & set(instruction.registers())
     if not taken or instruction.opcode.startswith("wgmma"):
@@ -242,7 +243,9 @@ class OperandReader:
         granules, _ = memory.granules(self.instruction, np.full(addresses.size, thread), addresses.ravel(), 16)
         flat_granules = granules.ravel()
         for warp in self.warps:
-            memory.check_read(self.instruction, flat_granules, np.full(flat_granules.size, PRODUCT), warp)
+            memory.check_read(
+                self.instruction, flat_granules, np.full(flat_granules.size, self.block.first + warp * LANES)
+            )
         self._check_fences(flat_granules)
         self.granules = np.unique(np.concatenate([self.granules, flat_granules]))
         words = bits(memory.values(granules).reshape(*addresses.shape, 16))  # [.., 4]

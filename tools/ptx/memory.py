@@ -61,7 +61,7 @@ class Memory:
         self._grow(size)
 
     def _grow(self, size: int) -> None:
-        """So many bytes more, never written."""
+        """Add bytes that were never written."""
         n, warps = size // self.granule, self.block.warps
         more = {
             "data": np.full(size // 2, POISON, np.uint16).view(np.uint8),
@@ -82,7 +82,7 @@ class Memory:
         return addresses - self.starts[0]
 
     def granules(self, instruction, threads, addresses, width: int) -> tuple[np.ndarray, np.ndarray]:
-        """Of accesses [n] of ``width`` bytes: the granules [m, width / granule], and which m accesses are allowed."""
+        """The granules [m, width / granule] of accesses [n] of ``width`` bytes, and which m of these are allowed."""
         allocation = np.searchsorted(self.starts, addresses, "right") - 1
         outside = (allocation < 0) | (addresses + width > self.ends[allocation])
         odd = addresses % width != 0
@@ -105,20 +105,19 @@ class Memory:
         self._note_read(flat, threads)
         return self.values(flat).reshape(-1, width), allowed
 
-    def check_read(self, instruction, granules, threads, warps=None) -> None:
-        """Granules must be written, and by something that was before. ``threads`` count through all blocks."""
+    def check_read(self, instruction, granules, threads) -> None:
+        """Report granules that were never written, or not surely before. ``threads`` count through all blocks."""
         block = self.block
         unwritten = ~self.written[granules]
         if unwritten.any():
-            block.fault(
-                f"{self.name} read of what was never written", instruction, unwritten, threads, self._at(granules)
-            )
-        race = self._unseen_write(granules, threads, warps)
+            kind = f"{self.name} read of what was never written"
+            block.fault(kind, instruction, unwritten, threads - block.first, self._at(granules))
+        race = self._unseen_write(granules, threads)
         if race.any():
             self._fault_of_race(instruction, "read", "write", self.writer[granules], race, threads, granules)
 
     def write(self, instruction, threads, addresses, values: np.ndarray, atomic=False) -> None:
-        """``values``: bytes [n, width]. Whoever writes the value that is there already does no harm."""
+        """Write bytes [n, width]. A race does no harm where the same value is there already."""
         granules, allowed = self.granules(instruction, threads, addresses, values.shape[1])
         flat, block = granules.ravel(), self.block
         threads = np.repeat(threads[allowed] + block.first, granules.shape[1])
@@ -141,7 +140,7 @@ class Memory:
             self._note_read(flat, threads)
 
     def start_copy(self, instruction, threads, addresses, width: int) -> tuple[np.ndarray, np.ndarray]:
-        """An asynchronous copy to here: its granules [m, ..], which belong to nobody until it lands."""
+        """Begin an asynchronous copy to here. Returns its granules [m, ..], which nobody may touch until it lands."""
         granules, allowed = self.granules(instruction, threads, addresses, width)
         flat = granules.ravel()
         owners = np.repeat(threads[allowed] + self.block.first, granules.shape[1])
@@ -153,14 +152,14 @@ class Memory:
         return granules, allowed
 
     def land_copy(self, granules: np.ndarray, threads: np.ndarray, values: np.ndarray) -> None:
-        """Granules [m, k] and their bytes: from now on as if their threads had written them."""
+        """Write what was copied to granules [m, k], as if their threads did it now."""
         flat = granules.ravel()
         self.data.reshape(-1, self.granule)[flat] = values.reshape(-1, self.granule)
         self._note_write(flat, np.repeat(threads + self.block.first, granules.shape[1]))
         self.atomic[flat] = False
 
     def hold(self, granules: np.ndarray, warps: np.ndarray, landed: bool) -> None:
-        """A product of these warps reads granules, until it has landed."""
+        """Note that a product of these warps reads granules, until it has landed."""
         cells = (granules[:, None] * self.block.warps + warps).ravel()
         self.reader[cells] = PRODUCT
         self.read_time[cells] = np.tile(self.block.time[warps], len(granules)) if landed else NEVER
@@ -169,17 +168,16 @@ class Memory:
         """Addresses."""
         return granules * self.granule + self.starts[0]
 
-    def _unseen_write(self, granules, threads, warps=None) -> np.ndarray:
-        """Where the last write is not known to be before."""
+    def _unseen_write(self, granules, threads) -> np.ndarray:
+        """Mask of granules whose last write is not known to be before."""
         block, writer = self.block, self.writer[granules]
-        if warps is None:
-            warps = (threads - block.first) // LANES
+        warps = (threads - block.first) // LANES
         other = np.maximum(writer - block.first, 0) // LANES
         unseen = self.write_time[granules] > block.seen[warps, other]
         return (unseen | ((writer >= 0) & (writer < block.first))) & (writer != threads)
 
     def _check_readers(self, instruction, granules, threads, atomic=False) -> None:
-        """No read that is not known to be before."""
+        """Report granules with a read that is not known to be before."""
         block = self.block
         warps = (threads - block.first) // LANES
         cells = granules[:, None] * block.warps + np.arange(block.warps)
@@ -195,7 +193,7 @@ class Memory:
             self._fault_of_race(instruction, kind, "read", readers.max(1), unseen.any(1), threads, granules)
         earlier = self.reading_block[granules]
         other = (earlier != HOST) & (earlier != block.index)
-        if other.any():
+        if other.any() and not atomic:
             self._fault_of_race(instruction, "write", "read", np.full(len(other), OTHERS), other, threads, granules)
 
     def _note_read(self, granules, threads) -> None:
@@ -205,7 +203,7 @@ class Memory:
         alone = (self.read_time[cells] != block.time[warps]) | (self.reader[cells] == threads)
         self.reader[cells] = np.where(alone, threads, MANY)
         self.reader[cells[self.reader[cells] != threads]] = MANY  # of one instruction
-        self.read_time[cells] = block.time[warps]
+        self.read_time[cells] = np.maximum(self.read_time[cells], block.time[warps])  # NEVER stays, see `hold`
         earlier = self.reading_block[granules]
         self.reading_block[granules] = np.where((earlier == HOST) | (earlier == block.index), block.index, MANY)
 
@@ -216,12 +214,12 @@ class Memory:
         self.written[granules] = True
 
     def _fault_of_race(self, instruction, what, before, others, race, threads, granules) -> None:
-        """``others``: who did what was before."""
+        """Report a race with ``others``, who did what was before, by what these are."""
         block = self.block
         warps, other_warps = (threads - block.first) // LANES, (others - block.first) // LANES
         whose = {
             "an asynchronous copy in flight": others == COPY,
-            "a product in flight": others == PRODUCT,
+            "a product of warp groups": others == PRODUCT,
             "another block": (others >= 0) & (others < block.first) | (others == OTHERS),
             "a lane of the same warp": (others >= block.first) & (warps == other_warps),
             "another warp": (others >= block.first) & (warps != other_warps),
@@ -232,8 +230,8 @@ class Memory:
 
 
 class GlobalMemory(Memory):
-    """Tensors' storages, each at an address of its own. Pages come in when they are first touched, so that a tensor
-    may have strides of 2**31 elements and more.
+    """The storages of tensors, each at an address of its own. Pages come in when they are first touched: strides of
+    2**31 elements take no memory.
     """
 
     BASE, APART = 1 << 46, 1 << 38  # bytes
@@ -249,7 +247,7 @@ class GlobalMemory(Memory):
         self.places = np.zeros(0, np.int64)
 
     def address(self, pointer: int) -> int:
-        """Of what lies at an address of the host."""
+        """The address, in this space, of what lies at an address of the host."""
         for start, storage in zip(self.starts, self.storages):
             if storage.address <= pointer < storage.address + storage.size:
                 return int(start) + pointer - storage.address
@@ -283,7 +281,7 @@ class GlobalMemory(Memory):
         return page * PAGE + granules * self.granule % PAGE
 
     def write_back(self) -> None:
-        """The pages into their storages."""
+        """Copy the pages into their storages."""
         for page, place in zip(self.pages, self.places):
             here, there, storage = self._overlap(page, place)
             storage.bytes(there)[:] = self.data[here]

@@ -38,7 +38,7 @@ class Instruction:
     negated: bool = False
 
     def __str__(self) -> str:
-        return f"`{self.text}` at {self.line}"
+        return f"`{self.text[:100]}` at {self.line}"
 
     def registers(self) -> Iterator[str]:
         """All registers that its operands name."""
