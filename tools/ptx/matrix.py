@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -118,12 +119,14 @@ class Products:
         return [product for group in (*self.committed, self.issued) for product in group]
 
 
-class Product:
-    """Accumulators, their values when it lands, operands in registers, and the granules that it reads."""
+class Product(NamedTuple):
+    """A product in flight."""
 
-    def __init__(self, names, registers, results, fragments, granules) -> None:
-        self.names, self.registers, self.results = names, registers, results
-        self.fragments, self.granules = fragments, granules
+    names: tuple[str, ...]  # of the accumulators
+    registers: list[np.ndarray]  # the accumulators
+    results: np.ndarray  # their values when it lands, [accumulators, threads]
+    fragments: tuple[str, ...]  # the left operand, where it is in registers
+    granules: np.ndarray  # what it reads of shared memory
 
 
 def guard_registers(threads, instruction, run):
@@ -172,7 +175,7 @@ def _(threads, instruction, what):
 
 
 def _land(threads, product: Product, warps) -> None:
-    """Another product in flight may go on with the same accumulator: its results are yet to come."""
+    """Write a product's results, unless another in flight goes on with the same accumulator."""
     threads.machine.spaces["shared"].hold(product.granules, warps, landed=True)
     if not any(other.names == product.names for other in threads.products.flying()):
         for register, value in zip(product.registers, product.results):
@@ -189,7 +192,7 @@ def _(threads, instruction, n, k, kind):
     descriptors = [threads.operand(right, "u64")] + ([] if in_registers else [threads.operand(left, "u64")])
     accumulates = threads.operand(scale, "pred")
     signs, transposes = options[:2], options[2:]
-    if signs not in (["1", "1"], ["1"] * 2):
+    if signs != ["1", "1"]:
         raise Unknown("negated operands")
 
     def run(mask):
@@ -219,19 +222,17 @@ def _(threads, instruction, n, k, kind):
             granules.append(reader.granules)
         for register in registers:
             register.view(np.uint32)[:] = 0xFFFFFFFF
-        fragment_names = left if in_registers else ()
-        results = np.concatenate(results, 1).astype(np.float32)
-        products.issued.append(Product(names, registers, results, fragment_names, np.concatenate(granules)))
+        results, granules = np.concatenate(results, 1).astype(np.float32), np.concatenate(granules)
+        products.issued.append(Product(names, registers, results, left if in_registers else (), granules))
 
     return run
 
 
 class OperandReader:
-    """Reads operands from shared memory for one product."""
+    """Reads operands from shared memory for one product of four warps."""
 
     def __init__(self, instruction, block, memory, warps, threads: int) -> None:
-        self.instruction, self.block, self.memory, self.warps = instruction, block, memory, warps
-        self.threads = threads
+        self.instruction, self.block, self.memory, self.warps, self.threads = instruction, block, memory, warps, threads
         self.granules = np.zeros(0, np.int64)
 
     def matrix(self, descriptors, part, rows: int, kind: str, size: int, transposed: bool) -> np.ndarray:
@@ -243,9 +244,8 @@ class OperandReader:
         granules, _ = memory.granules(self.instruction, np.full(addresses.size, thread), addresses.ravel(), 16)
         flat_granules = granules.ravel()
         for warp in self.warps:
-            memory.check_read(
-                self.instruction, flat_granules, np.full(flat_granules.size, self.block.first + warp * LANES)
-            )
+            reader = np.full(flat_granules.size, self.block.first + warp * LANES)
+            memory.check_read(self.instruction, flat_granules, reader)
         self._check_fences(flat_granules)
         self.granules = np.unique(np.concatenate([self.granules, flat_granules]))
         words = bits(memory.values(granules).reshape(*addresses.shape, 16))  # [.., 4]
@@ -258,10 +258,9 @@ class OperandReader:
         mine = slice(self.warps[0] * LANES, (self.warps[-1] + 1) * LANES)
         writer, step = memory.writer[granules] - block.first, memory.write_step[granules]
         fenced = np.maximum(block.fenced[np.maximum(writer, 0)], block.fenced[mine].min())
+        bare = (writer >= 0) & (fenced < step)
         kind = "shared operand of a product without fence.proxy.async"
-        block.fault(
-            kind, self.instruction, (writer >= 0) & (fenced < step), self.warps[0] * LANES, memory._at(granules)
-        )
+        block.fault(kind, self.instruction, bare, self.warps[0] * LANES, memory.addresses(granules))
 
 
 SWIZZLES = {0: (16, 0), 1: (128, 7), 2: (64, 3), 3: (32, 1)}  # bytes of a line, and which bits are mixed

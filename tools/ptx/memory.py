@@ -111,7 +111,7 @@ class Memory:
         unwritten = ~self.written[granules]
         if unwritten.any():
             kind = f"{self.name} read of what was never written"
-            block.fault(kind, instruction, unwritten, threads - block.first, self._at(granules))
+            block.fault(kind, instruction, unwritten, threads - block.first, self.addresses(granules))
         race = self._unseen_write(granules, threads)
         if race.any():
             self._fault_of_race(instruction, "read", "write", self.writer[granules], race, threads, granules)
@@ -133,7 +133,7 @@ class Memory:
         lost = (self.values(flat) != values).any(1)
         if lost.any() and not atomic:
             kind = f"race: lanes write different values to one place in {self.name} memory"
-            block.fault(kind, instruction, lost, threads - block.first, self._at(flat))
+            block.fault(kind, instruction, lost, threads - block.first, self.addresses(flat))
         self._note_write(flat, threads)
         self.atomic[flat] = atomic
         if atomic:
@@ -164,8 +164,8 @@ class Memory:
         self.reader[cells] = PRODUCT
         self.read_time[cells] = np.tile(self.block.time[warps], len(granules)) if landed else NEVER
 
-    def _at(self, granules: np.ndarray) -> np.ndarray:
-        """Addresses."""
+    def addresses(self, granules: np.ndarray) -> np.ndarray:
+        """Where granules lie."""
         return granules * self.granule + self.starts[0]
 
     def _unseen_write(self, granules, threads) -> np.ndarray:
@@ -226,7 +226,7 @@ class Memory:
         }
         for who, mask in whose.items():
             kind = f"race: {self.name} {what} after a {before} by {who}"
-            block.fault(kind, instruction, race & mask, threads - block.first, self._at(granules))
+            block.fault(kind, instruction, race & mask, threads - block.first, self.addresses(granules))
 
 
 class GlobalMemory(Memory):
@@ -275,7 +275,7 @@ class GlobalMemory(Memory):
         there = slice(int(first - self.starts[i]), int(last - self.starts[i]))
         return slice(int(place + first % PAGE), int(place + first % PAGE + last - first)), there, self.storages[i]
 
-    def _at(self, granules: np.ndarray) -> np.ndarray:
+    def addresses(self, granules: np.ndarray) -> np.ndarray:
         order = np.argsort(self.places)
         page = self.pages[order][granules * self.granule // PAGE]
         return page * PAGE + granules * self.granule % PAGE
