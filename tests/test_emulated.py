@@ -6,6 +6,7 @@ With VITKERNELS_EMULATE set (``make emulate``) every case runs in all orders of 
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import os
 import re
@@ -95,6 +96,14 @@ def test_what_is_left_out_is_seen(results, name):
 
 
 @pytest.fixture
+def emulator(monkeypatch):
+    """The module, for PTX that does not come from Triton."""
+    for folder in ("benchmarks", "tools"):
+        monkeypatch.syspath_prepend(str(ROOT / folder))
+    return importlib.import_module("ptx.launch")
+
+
+@pytest.fixture
 def cuda_ptx(once) -> str:
     """What nvcc makes of the kernels of csrc/cuda for sm_80."""
     if (nvcc := shutil.which("nvcc")) is None:
@@ -121,11 +130,8 @@ def known_of_clusters(fault) -> bool:
         (140, 16, "float16", "descending", 4),
     ],
 )
-def test_cuda_clusters(monkeypatch, cuda_ptx, built, tokens, features, dtype, order, limit):
+def test_cuda_clusters(emulator, cuda_ptx, built, tokens, features, dtype, order, limit):
     """The order is that of the reference; what a block has in shared memory depends on the limit (KiB)."""
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    from ptx.launch import Log, Program, Struct, run
-
     torch.manual_seed(0)
     x, leaf_size, iterations = torch.randn(1, tokens, 2, features).to(getattr(torch, dtype)), 49, 2
     warps, resident, workspace, shared = built("cuda_bindings").plan(tokens, features, dtype, limit * 1024)
@@ -146,8 +152,10 @@ def test_cuda_clusters(monkeypatch, cuda_ptx, built, tokens, features, dtype, or
     ]
     element = {"float32": "If", "float16": "I6__half", "bfloat16": "I13__nv_bfloat16"}[dtype]
     (name,) = re.findall(rf"\.entry\s+(\w+{element}Lb{int(resident)}E\w+)", cuda_ptx)
-    log = Log(order)
-    run(Program.parse(cuda_ptx, name), 2, 32 * warps, shared, [Struct("<Q3qQQ2q2q2if4x", fields)], log)
+    log = emulator.Log(order)
+    emulator.run(
+        emulator.Program.parse(cuda_ptx, name), 2, 32 * warps, shared, [emulator.Struct("<Q3qQQ2q2q2if4x", fields)], log
+    )
     assert not (others := [str(f) for f in log.faults if not known_of_clusters(f)]), "\n".join(others)
     assert torch.equal(out.sort(-1).values, torch.arange(tokens, dtype=torch.int32).expand_as(out))
     exact = balanced_clusters(x, leaf_size, iterations, 0.1, dtype=torch.float64)
@@ -198,17 +206,13 @@ FAULTS = {  # what a block of 64 threads, of two, does: with 64 words of the ten
 
 @pytest.mark.parametrize("body", FAULTS)
 @pytest.mark.parametrize("order", ORDERS)
-def test_faults(monkeypatch, order, body):
+def test_faults(emulator, order, body):
     """Every kind of fault, and what comes near it and is none; an instruction that is not known is no fault."""
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    from ptx.launch import Log, Program, run
-    from ptx.program import Unknown
-
-    log, expected = Log(order), FAULTS[body]
+    log, expected = emulator.Log(order), FAULTS[body]
     try:
         words = torch.zeros(64, dtype=torch.int32)
-        run(Program.parse(PTX.replace("BODY", body), "kernel"), 2, 64, 256, [words], log)
+        emulator.run(emulator.Program.parse(PTX.replace("BODY", body), "kernel"), 2, 64, 256, [words], log)
         found = "\n".join(map(str, log.faults))
-    except Unknown as error:
+    except emulator.Unknown as error:
         found = str(error)
     assert (expected in found) if expected else not found, found

@@ -16,7 +16,7 @@ import numpy as np
 from .memory import LANES
 from .program import TYPES, Instruction, Unknown, size_of
 
-ROUNDINGS = {"rn", "approx", "full", "ftz", "volatile", "relaxed", "acq_rel", "gpu", "cta"}
+PLAIN = {"rn", "approx", "full", "ftz", "volatile", "relaxed", "acq_rel", "gpu", "cta"}  # and scopes
 INTEGER, ANY = "[us](?:16|32|64)", "[busf](?:16|32|64)|pred"
 WIDER = {"s16": "s32", "u16": "u32", "s32": "s64", "u32": "u64"}
 
@@ -45,7 +45,7 @@ def effect(pattern: str):
 @lru_cache(None)
 def rule_of(opcode: str) -> tuple[bool, Callable, tuple]:
     """Whether the rule is an effect, the rule and the groups of its pattern."""
-    plain = ".".join(part for part in opcode.split(".") if part not in ROUNDINGS)
+    plain = ".".join(part for part in opcode.split(".") if part not in PLAIN)
     for pattern, is_effect, rule in _rules:
         if match := pattern.fullmatch(plain):
             return is_effect, rule, match.groups()

@@ -17,8 +17,8 @@ from unittest import mock
 import numpy as np
 import torch
 import triton
+from ahead_of_time import Driver  # of benchmarks
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.jit import JITFunction
 
@@ -26,7 +26,9 @@ from .faults import Faults
 from .instructions import bits
 from .machine import Machine
 from .memory import GlobalMemory, Storage
-from .program import Program
+from .program import Program, Unknown
+
+__all__ = ["Log", "Program", "Struct", "Unknown", "emulated", "run"]
 
 POISONED = ("empty", "empty_like", "empty_strided")
 SMALL = 1 << 24  # bytes: larger storages hold no NaN where nobody wrote; a kernel that reads there is at fault anyway
@@ -47,7 +49,6 @@ class Log:
     order: str
     faults: Faults = field(default_factory=Faults)
     launches: list[str] = field(default_factory=list)  # kernels
-    programs: dict[str, Program] = field(default_factory=dict)
     fresh: dict[int, Storage] = field(default_factory=dict)  # storages made by torch.empty, by address
     kept: list[Tensor] = field(default_factory=list)  # so that no other tensor gets the address of one of these
 
@@ -98,22 +99,6 @@ def _storage(x: Tensor, log: Log) -> Storage:
     return Storage(storage.data_ptr(), storage.nbytes(), view, fresh=False)
 
 
-class Driver:
-    """Stands for a driver: there is a device of the given capability."""
-
-    def __init__(self, capability: int) -> None:
-        self.capability = capability
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.capability, 32)
-
-    def get_current_device(self) -> int:
-        return self.capability  # kernels are cached by device
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
 @contextmanager
 def emulated(capability: int, order: str = "lockstep", ends: int = 0) -> Iterator[Log]:
     """Triton's launches on CPU tensors compile for the chip, without its assembler, and run here.
@@ -132,12 +117,11 @@ def emulated(capability: int, order: str = "lockstep", ends: int = 0) -> Iterato
         if compiled.hash not in programs:
             programs[compiled.hash] = Program.parse(compiled.asm["ptx"], compiled.metadata.name)
         program, meta = programs[compiled.hash], compiled.metadata
-        log.programs[program.name] = program
         named = dict(zip(kernel.arg_names, arguments)) | keywords
         given = [x for name, kind in compiled.src.signature.items() for x in _flat(kind, named[name])]
         assert len(program.parameters) - len(given) in (0, 1, 2)  # and Triton's own workspaces, which are not used
         blocks = math.prod(grid)
-        some = (*range(ends), *range(blocks - ends, blocks))
+        some = [i for i in range(blocks) if i < ends or i >= blocks - ends] if ends else ()
         run(program, blocks, meta.num_warps * 32, meta.shared, given, log, some)
 
     def poisoned(make):
@@ -160,7 +144,7 @@ def emulated(capability: int, order: str = "lockstep", ends: int = 0) -> Iterato
         patches = [(triton.runtime.driver, "_active", Driver(capability)), (JITFunction, "run", launch)]
         patches += [(CUDABackend, "make_cubin", lambda *_: b"")]
         patches += [(torch, name, poisoned(getattr(torch, name))) for name in POISONED]
-        patches += [(Tensor, name, poisoned(getattr(Tensor, name))) for name in ("new_empty",)]
+        patches += [(Tensor, "new_empty", poisoned(Tensor.new_empty))]
         for owner, name, value in patches:
             stack.enter_context(mock.patch.object(owner, name, value))
         for cached in (_triton.capability, _triton.processors):
