@@ -26,7 +26,7 @@ help:
 	@echo "make demo    set up once, draw photo.png: a photograph, its groups, where one token attends"
 	@echo "make train   set up once, train a small CrossFormer on digits TRAIN='--help' lists the options"
 	@echo "make gpu     set up once, everything that needs a GPU       GPU='--part sweep' is a share, GPU='--help' lists them"
-	@echo "make emulate set up once, all compiled kernels in an emulator of PTX, warps in three orders; no GPU, half an hour"
+	@echo "make emulate set up once, all compiled kernels in an emulator of PTX, warps in three orders; no GPU, five minutes"
 	@echo "make kernels, make performance     write docs/kernels.md, and the tables of README.md and docs/performance.md"
 	@echo "make lint    ruff, as continuous integration runs it; make format applies it"
 	@echo "make clean   remove the environment and everything built"

@@ -137,25 +137,12 @@ def test_cuda_clusters(emulator, cuda_ptx, built, tokens, features, dtype, order
     warps, resident, workspace, shared = built("cuda_bindings").plan(tokens, features, dtype, limit * 1024)
     tree, out = Tree.of(tokens, leaf_size), torch.full((1, 2, tokens), -1, dtype=torch.int32)
     words = torch.empty(2, tokens + (tokens + 1) // 2, dtype=torch.int32) if workspace else None
-    fields = [
-        x,
-        *x.stride()[:3],
-        out,
-        words,
-        2,
-        2,
-        tree.tokens,
-        tree.levels,
-        features,
-        iterations,
-        1.4426950408889634 / 0.1,
-    ]
+    numbers = 2, 2, tree.tokens, tree.levels, features, iterations, 1.4426950408889634 / 0.1
+    problem = emulator.Struct("<Q3qQQ2q2q2if4x", [x, *x.stride()[:3], out, words, *numbers])
     element = {"float32": "If", "float16": "I6__half", "bfloat16": "I13__nv_bfloat16"}[dtype]
     (name,) = re.findall(rf"\.entry\s+(\w+{element}Lb{int(resident)}E\w+)", cuda_ptx)
     log = emulator.Log(order)
-    emulator.run(
-        emulator.Program.parse(cuda_ptx, name), 2, 32 * warps, shared, [emulator.Struct("<Q3qQQ2q2q2if4x", fields)], log
-    )
+    emulator.run(emulator.Program.parse(cuda_ptx, name), 2, 32 * warps, shared, [problem], log)
     assert not (others := [str(f) for f in log.faults if not known_of_clusters(f)]), "\n".join(others)
     assert torch.equal(out.sort(-1).values, torch.arange(tokens, dtype=torch.int32).expand_as(out))
     exact = balanced_clusters(x, leaf_size, iterations, 0.1, dtype=torch.float64)
