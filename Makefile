@@ -18,7 +18,7 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/installed
 endif
 
-.PHONY: help install test bench demo train gpu kernels performance lint format clean
+.PHONY: help install test bench demo train gpu emulate kernels performance lint format clean
 
 help:
 	@echo "make test    set up once, run the tests, a worker per core        TEST='-k streaming' passes arguments to pytest"
@@ -26,6 +26,7 @@ help:
 	@echo "make demo    set up once, draw photo.png: a photograph, its groups, where one token attends"
 	@echo "make train   set up once, train a small CrossFormer on digits TRAIN='--help' lists the options"
 	@echo "make gpu     set up once, everything that needs a GPU       GPU='--part sweep' is a share, GPU='--help' lists them"
+	@echo "make emulate set up once, all compiled kernels in an emulator of PTX, warps in three orders; no GPU, five minutes"
 	@echo "make kernels, make performance     write docs/kernels.md, and the tables of README.md and docs/performance.md"
 	@echo "make lint    ruff, as continuous integration runs it; make format applies it"
 	@echo "make clean   remove the environment and everything built"
@@ -56,6 +57,9 @@ train: install
 
 gpu: install
 	PYTHON=$(RUN) benchmarks/gpu.sh $(GPU)
+
+emulate: install
+	VITKERNELS_EMULATE=1 $(RUN) -m pytest -n auto --dist worksteal tests/test_emulated.py $(TEST)
 
 kernels: install
 	$(RUN) benchmarks/kernel_report.py --write

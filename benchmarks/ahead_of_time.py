@@ -34,7 +34,7 @@ class _Enough(Exception):
     """What the compiler would still do is done already, or the same for all variants and slow."""
 
 
-class _Driver:
+class Driver:
     """Stands for a driver: there is a device of the given capability, and nothing runs on it."""
 
     def __init__(self, capability: int) -> None:
@@ -60,7 +60,7 @@ def compile_launches(call: Callable[[], object], capability: int) -> list:
 
     from vitkernels import _triton
 
-    driver = mock.patch.object(triton.runtime.driver, "_active", _Driver(capability))
+    driver = mock.patch.object(triton.runtime.driver, "_active", Driver(capability))
     _triton.capability.cache_clear()
     with driver, mock.patch.object(JITFunction, "run", compile_only):
         call()
