@@ -7,6 +7,8 @@ BENCH ?=
 GPU ?=
 TRAIN ?=
 TEST ?=
+TRITONS ?= 3.6.0 3.7.1 3.8.0
+VARIANTS ?=
 
 # "system", "active" or nothing: where the Python in use finds a torch
 TORCH := $(shell $(PYTHON) -c 'import sys, torch; print("system" if sys.prefix == sys.base_prefix else "active")' 2>/dev/null)
@@ -18,7 +20,7 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/installed
 endif
 
-.PHONY: help install test bench demo train gpu emulate kernels performance lint format clean
+.PHONY: help install test bench demo train gpu emulate variants kernels performance lint format clean
 
 help:
 	@echo "make test    set up once, run the tests, a worker per core        TEST='-k streaming' passes arguments to pytest"
@@ -27,6 +29,7 @@ help:
 	@echo "make train   set up once, train a small CrossFormer on digits TRAIN='--help' lists the options"
 	@echo "make gpu     set up once, everything that needs a GPU       GPU='--part sweep' is a share, GPU='--help' lists them"
 	@echo "make emulate set up once, all compiled kernels in an emulator of PTX, warps in three orders; no GPU, five minutes"
+	@echo "make variants set up once, every form of every kernel compiled for every chip, with each of several versions of Triton"
 	@echo "make kernels, make performance     write docs/kernels.md, and the tables of README.md and docs/performance.md"
 	@echo "make lint    ruff, as continuous integration runs it; make format applies it"
 	@echo "make clean   remove the environment and everything built"
@@ -60,6 +63,14 @@ gpu: install
 
 emulate: install
 	VITKERNELS_EMULATE=1 $(RUN) -m pytest -n auto --dist worksteal tests/test_emulated.py $(TEST)
+
+# VARIANTS=--whole goes down to machine code, an hour for each version
+variants: install
+	@for version in $(TRITONS); do \
+		folder=$(CURDIR)/build/triton-$$version; echo "triton $$version"; \
+		test -d $$folder || $(RUN) -m pip install -q --no-deps --target $$folder triton==$$version || exit; \
+		PYTHONPATH=$$folder $(RUN) benchmarks/ahead_of_time.py $(VARIANTS) || exit; \
+	done
 
 kernels: install
 	$(RUN) benchmarks/kernel_report.py --write
