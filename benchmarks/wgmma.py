@@ -1,9 +1,14 @@
 """Whether machine code hands the matrix products of a warp group (HGMMA of sm_90) what they need.
 
-A descriptor says where an operand lies in shared memory. Its low word is made of shared memory's own address, and
-otherwise it consists of constants and numbers of threads: whatever comes from an argument, from memory or from nowhere
-is a fault of the assembler, which no look at its input shows. Registers of a product that is under way are its own
-until it is waited for.
+A descriptor says where an operand lies in shared memory. Its low word is made of shared memory's own address, of
+constants and of numbers of threads, its high word of constants alone. Whatever comes from an argument, from memory or
+from nowhere is a fault of the assembler, which no look at its input shows. Registers of a product that is under way are
+its own until it is waited for; only products with exactly the same accumulators may add to them meanwhile.
+
+Not checked:
+- how a descriptor is computed: its constants, and that the address is shifted right by 4;
+- whether the operands in shared memory are overwritten before the product is waited for;
+- whether a WARPGROUP.ARRIVE comes before the product.
 
 python benchmarks/wgmma.py KERNEL.cubin ...
 """
@@ -21,14 +26,14 @@ from typing import NamedTuple
 import sass
 
 BASE = "SR_CgaCtaId"  # of which the address of shared memory is made
-THREADS = ("SR_TID.X", "SR_LANEID", "SRZ")  # special registers that only say which thread it is
+THREADS = ("SR_TID.X", "SR_LANEID")  # special registers that only say which thread it is
 CARRIES = set(  # instructions that make whole numbers of those in registers; the others are sources
     "MOV IADD3 VIADD IMAD LEA LOP3 SHF SGXT SEL PRMT SHFL R2UR VIMNMX VIADDMNMX IABS "
     "UMOV UIADD3 UIMAD ULEA ULOP3 USHF USGXT USEL UPRMT".split()
 )
 QUIET = set(  # instructions that write no register
     "ST STG STS STSM RED BAR BRA DEPBAR WARPSYNC WARPGROUP LDGSTS LDGDEPBAR R2P MEMBAR FENCE EXIT NOP CALL RET BSSY "
-    "BSYNC ERRBAR ISETP UISETP FSETP PLOP3 UPLOP3".split()
+    "BSYNC ERRBAR CCTL FCHK DSETP HSETP2 ISETP UISETP FSETP PLOP3 UPLOP3".split()
 )
 MOST = 8  # more groups than an instruction leaves under way
 REGISTER = re.compile(r"\bU?R\d+\b")
@@ -40,8 +45,19 @@ class Step(NamedTuple):
     instruction: sass.Instruction
     writes: tuple[str, ...]
     reads: tuple[str, ...]
-    source: str  # of what it writes, "" where that is made of what it reads
+    source: str  # of what it writes, "" where that is constant or made of what it reads
     next: tuple[int, ...]  # places
+
+    def origins(self, register: str) -> tuple[str, ...]:
+        """Registers that one of those written is made of: of several words, each is made of its like."""
+        words = len(self.writes)
+        return self.reads if "WIDE" in self.instruction.name else self.reads[self.writes.index(register) :: words]
+
+    @property
+    def cancels(self) -> bool:
+        """Whether it is an exclusive or of registers, or of one and a constant: three of them swap two registers."""
+        _, operands, kind, guard, _ = self.instruction
+        return kind in ("LOP3", "ULOP3") and "RZ, 0x3c," in operands and not (guard or self.source)
 
     def __str__(self) -> str:
         x = self.instruction
@@ -64,12 +80,25 @@ def _run(register: str, first: int, count: int) -> tuple[str, ...]:
 
 
 def _width(name: str) -> int:
-    """Registers that an instruction writes."""
+    """Number of registers that an instruction writes, or stores."""
     if shape := re.match(r"HGMMA\.64x(\d+)x\d+\.F(32|16)", name):
         return int(shape[1]) * int(shape[2]) // 64
-    if wide := re.search(r"\.(128|64)\b|\.MT?88\.([24])", name):
+    if wide := re.search(r"\.F?(128|64)\b|\.MT?88\.([24])", name):
         return int(wide[2] or int(wide[1]) // 32)
-    return 4 if name.startswith("HMMA") else 2 if "WIDE" in name or name == "CS2R" else 1
+    if name.startswith("HMMA"):
+        return 4 if ".F32" in name else 2
+    return 2 if "WIDE" in name or re.match(r"CS2R$|D(ADD|MUL|FMA|SETP)\b", name) else 1
+
+
+def _reads(name: str, part: str, place: int, last: bool) -> int:
+    """Number of registers that an instruction reads from the one that an operand names."""
+    if "[" in part:  # an address
+        return 2 if ".64" in part else 1
+    if name.startswith("HGMMA"):
+        return 4 if place == 0 else 1  # its accumulators are those that it writes
+    if name.startswith("HMMA"):
+        return (4, 2, _width(name))[place]
+    return 1 if "WIDE" in name and not last else _width(name)
 
 
 @cache
@@ -88,15 +117,12 @@ def _registers(name: str, operands: str) -> tuple[tuple[str, ...], tuple[str, ..
         for register in REGISTER.findall(part):
             if "gdesc" in part:  # the first operand's, unless that is in registers, and the second's
                 reads += _run(register, 2 * place, 4 - 2 * place)
-            elif kind == "HGMMA":
-                reads += _run(register, 0, 4 if place == 0 else 1)
             else:
-                wide = ".64" in name or ".64" in part or ("WIDE" in name and part is given[-1])
-                reads += _run(register, 0, 2 if wide else 1)
+                reads += _run(register, 0, _reads(name, part, place, place == len(given) - 1))
     last = given[-1] if given else ""
     constant = kind == "HFMA2" and not reads
-    made = constant or last in THREADS or (kind in CARRIES and "c[" not in operands)
-    return writes, tuple(reads), "" if made else BASE if last == BASE else kind
+    made = constant or last == "SRZ" or (kind in CARRIES and "c[" not in operands)
+    return writes, tuple(reads), "" if made else last if last in (BASE, *THREADS) else kind
 
 
 def steps(text: str) -> list[Step]:
@@ -152,20 +178,40 @@ def foreign(code: list[Step]) -> Iterator[str]:
                         todo.append(earlier)
         return frozenset(found)
 
+    @cache
+    def parts(place: int, register: str) -> dict[tuple[int, str], tuple[int, str]]:
+        """Registers that the value of another is made of, and where they are read, by the place that wrote them last.
+
+        What is twice in an exclusive or is left out.
+        """
+        step, found = code[place], {}
+        for origin in step.origins(register):
+            last = writers(place, origin)
+            (last,) = last if len(last) == 1 else (~place,)  # several: the value is known to be the same only here
+            inner = step.cancels and last >= 0 and code[last].cancels
+            more = parts(last, origin) if inner else {(last, origin): (place, origin)}
+            both = found.keys() & more.keys() if step.cancels else ()
+            found = {key: part for key, part in (found | more).items() if key not in both}
+        return found
+
     for product in products(code):
         for number, descriptor in enumerate(product.descriptors):
-            todo, seen, based, said = [(product.place, descriptor)], set(), number % 2 == 1, f"{code[product.place]}: "
+            high, said = number % 2 == 1, f"{code[product.place]}: "
+            allowed = ("",) if high else ("", BASE, *THREADS)
+            todo, seen, based = [(product.place, descriptor)], set(), False
             while todo:
-                for writer in writers(*(wanted := todo.pop())) - seen:
-                    seen.add(writer)
+                place, register = todo.pop()
+                found = {(writer, register) for writer in writers(place, register)} - seen
+                seen |= found
+                for writer, _ in found:
                     based |= code[writer].source == BASE
                     if writer < 0:
-                        yield f"{said}{descriptor} comes from {wanted[1]}, which nothing wrote"
-                    elif code[writer].source not in ("", BASE):
+                        yield f"{said}{descriptor} comes from {register}, which nothing wrote"
+                    elif code[writer].source not in allowed:
                         yield f"{said}{descriptor} comes from {code[writer]}"
                     else:
-                        todo += [(writer, register) for register in code[writer].reads]
-            if not based:
+                        todo += parts(writer, register).values()
+            if not (based or high):
                 yield f"{said}{descriptor} is not made of the address of shared memory"
 
 
@@ -183,7 +229,8 @@ def disturbed(code: list[Step]) -> Iterator[str]:
             seen |= new
             todo += new
             if place != product.place:
-                used = {*step.reads[:4]} if x.kind == "HGMMA" else {*step.reads, *step.writes}  # others may add as well
+                adds = x.kind == "HGMMA" and product.accumulators == {*step.writes}
+                used = {*step.reads[:4]} if adds else {*step.reads, *step.writes}
                 touched = (product.operand & {*step.writes}) | (product.accumulators & used)
                 if touched:
                     yield f"{code[product.place]}: {min(touched)} is not its own at {step}"

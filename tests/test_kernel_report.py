@@ -199,8 +199,32 @@ def test_descriptors(wgmma, low, said):
     assert said in "".join(found) and bool(found) == bool(said)
 
 
+SWAP = [f"ULOP3.LUT UR{number}, UR55, UR54, URZ, 0x3c, !UPT" for number in (55, 54, 55)]
+HIGH_OF = {  # what gives the descriptor behind its low word: what is said of it
+    "constants and a carry": ([*HIGH, *GIVEN], ""),
+    "zero": (["CS2R R12, SRZ", *GIVEN], ""),
+    "the low word": (["MOV R12, R11", *GIVEN], "UR55 comes from 0x0 S2R R10, SR_CgaCtaId"),
+    "an address": (["MOV R12, R94", *GIVEN], "UR55 comes from 0x0 S2R R10, SR_CgaCtaId"),
+    "a thread": (["S2R R12, SR_TID.X", *GIVEN], "UR55 comes from 0x70 S2R R12, SR_TID.X"),
+    "a sum of pairs": ([*HIGH, "R2UR UR8, R11", "R2UR UR9, R12", "UIADD3.64 UR54, UR8, 0x2, URZ"], ""),
+    "the wrong pair": (["R2UR UR8, R11", "R2UR UR9, R11", "UIADD3.64 UR54, UR8, 0x2, URZ"], "UR55 comes from 0x0 S2R"),
+    "swapped words": ([*HIGH, "R2UR UR54, R12", "R2UR UR55, R11", *SWAP], ""),
+    "words swapped by mistake": ([*HIGH, *GIVEN, *SWAP], "UR55 comes from 0x0 S2R R10, SR_CgaCtaId"),
+    "words not quite swapped": ([*HIGH, "R2UR UR54, R12", "R2UR UR55, R11", *SWAP[:2]], "UR55 comes from 0x0 S2R"),
+    "a spilled pair": ([*HIGH, "STL.64 [R1+0x8], R11", "LDL.64 R11, [R1+0x8]", *GIVEN], ""),
+    "a spilled low word": ([*HIGH, "STL.64 [R1+0x8], R11", "LDL R12, [R1+0x8]", *GIVEN], "UR55 comes from 0x0 S2R"),
+}
+
+
+@pytest.mark.parametrize("lines, said", HIGH_OF.values(), ids=HIGH_OF)
+def test_high_words_of_descriptors(wgmma, lines, said):
+    found = wgmma.faults(text(*ADDRESS, *LOW, *lines, *PRODUCT, "EXIT"))
+    assert said in "".join(found) and bool(found) == bool(said)
+
+
 READ, WRITTEN = "FADD R2, R24, R3", "MOV R57, R2"  # an accumulator, a register of the first operand
 OTHER = "HGMMA.64x16x16.F32.BF16 R32, R64, gdesc[UR52].tnspB, R32, gsb0"
+HMMA = "HMMA.16816.F32.BF16 R80, R{}, R{}, R80"
 IN_FLIGHT = {  # what stands in a loop, its products and what waits for them among it: what is said of it
     "waited for": ([*PRODUCT, READ, WRITTEN], ""),
     "read too soon": ([PRODUCT[0], READ, PRODUCT[1]], "R24 is not its own at"),
@@ -210,6 +234,14 @@ IN_FLIGHT = {  # what stands in a loop, its products and what waits for them amo
     "all but one": ([PRODUCT[0], OTHER, "WARPGROUP.DEPBAR.LE gsb0, 0x1", READ, PRODUCT[1]], ""),
     "the one": ([OTHER, PRODUCT[0], "WARPGROUP.DEPBAR.LE gsb0, 0x1", READ, PRODUCT[1]], "R24 is not its own at"),
     "a group of two": ([PRODUCT[0].replace(", gsb0", ""), *PRODUCT, READ], ""),
+    "stored too soon": ([PRODUCT[0], "STS.128 [R94], R22", PRODUCT[1]], "R24 is not its own at"),
+    "stored as a matrix": ([PRODUCT[0], "STSM.16.MT88.4 [R94], R21", PRODUCT[1]], "R24 is not its own at"),
+    "a row of a smaller product": ([PRODUCT[0], HMMA.format(21, 44), PRODUCT[1]], "R24 is not its own at"),
+    "a column of a smaller product": ([PRODUCT[0], HMMA.format(40, 23), PRODUCT[1]], "R24 is not its own at"),
+    "beside a smaller product": ([PRODUCT[0], HMMA.format(20, 22), PRODUCT[1]], ""),
+    "beside a store": ([PRODUCT[0], "STS.128 [R23], R20", "STS.64 [R23], R32", PRODUCT[1]], ""),
+    "some of another's": ([PRODUCT[0], OTHER.replace("R32", "R28"), PRODUCT[1]], "R28 is not its own at"),
+    "half of them": ([PRODUCT[0], PRODUCT[0].replace("64x16", "64x8"), PRODUCT[1]], "R24 is not its own at"),
     "another descriptor": ([*PRODUCT, "ULDC UR54, c[0x0][0x210]"], "UR54 comes from"),
 }
 
