@@ -61,6 +61,10 @@ CASES = {
         "table of an MLP of 24, 12 heads": ("lockstep", "table", (3, 3), 24, 12, False),
     },
 }
+SPARED = {  # left to `make emulate`: they would take too much of the time of `make test`
+    80: {"81 tokens, streamed, no bias, ragged", "average", "table of an MLP of 6"},
+    90: {"64 tokens, fp16", "MLP of 12"},
+}
 
 
 def compile_for_cpu_tensors() -> None:
@@ -205,7 +209,8 @@ def main() -> None:
     torch.set_num_threads(1)
     found = {}
     for name, (own, *_) in CASES[arguments.chip].items():
-        if re.search(arguments.only, name):
+        spared = arguments.order == "own" and name in SPARED[arguments.chip]
+        if re.search(arguments.only, name) and not spared:
             order = own if arguments.order == "own" else arguments.order
             found[name] = run(arguments.chip, name, order)
             print(name, order, found[name]["seconds"], file=sys.stderr)
