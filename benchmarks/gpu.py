@@ -54,6 +54,8 @@ SWEEP = (
 )
 COMPILED = ("crossformer-s-224-stage1-sda", "swin-t-224-stage1-shifted", "mvitv2-s-224-stage3-attend")
 REPEATS = 1000
+# of compute-sanitizer, with the line behind it that says where
+FINDING = re.compile(r"=+ ((?:Error:|Invalid|Uninit|Potential|ERROR SUMMARY: [1-9]).*(?:\n=+ +(?:at|and) .*)?)")
 KERNEL_TESTS = ("triton", "cluster_triton", "pool_triton", "pooled_triton", "position_bias", "lsda")
 
 
@@ -303,11 +305,7 @@ def _repeats(run: Run, part: str, until: float, times: int, batch: int, prefix: 
         # every tensor a piece of memory of its own, so that no overrun lands in another
         more = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if prefix else {}
         why = every_line([*(prefix or []), *python(Path(__file__), *arguments)], until, see, **more)
-        findings = [
-            line.lstrip("= ")
-            for line in others
-            if re.match(r"=+ (Error:|Invalid|Uninit|Potential|ERROR SUMMARY: [1-9])", line)
-        ]
+        findings = [re.sub(r"\n=+ +", " ", text) for text in FINDING.findall("\n".join(others))]
         if findings or (why and not names):  # a sanitizer's belong to some kernel before
             run.record.add(Step(part, f"{label}findings", "FAILED", "; ".join([why, *findings[:3]])))
         if not why or why == "cut short" or (findings and len(names) == len(asked)):

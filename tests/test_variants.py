@@ -21,11 +21,11 @@ tl = pytest.importorskip("triton.language")
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("chip", [80, 90])
+@pytest.mark.parametrize("chip", [90])
 def test_every_variant_compiles(chip):
     """Every option of the registered operators, given and left out, as far as the front end.
 
-    `make variants` compiles them for all chips, with several versions of the compiler.
+    `make variants` compiles them for all chips, with several versions of the compiler; here one is what time allows.
     """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     environment.pop("TRITON_INTERPRET", None)
