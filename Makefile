@@ -28,7 +28,7 @@ help:
 	@echo "make demo    set up once, draw photo.png: a photograph, its groups, where one token attends"
 	@echo "make train   set up once, train a small CrossFormer on digits TRAIN='--help' lists the options"
 	@echo "make gpu     set up once, everything that needs a GPU       GPU='--part sweep' is a share, GPU='--help' lists them"
-	@echo "make emulate set up once, all compiled kernels in an emulator of PTX, warps in three orders; no GPU, five minutes"
+	@echo "make emulate set up once, all compiled kernels in an emulator of PTX, warps in three orders; no GPU"
 	@echo "make variants set up once, every form of every kernel compiled for every chip, with each of several versions of Triton"
 	@echo "make kernels, make performance     write docs/kernels.md, and the tables of README.md and docs/performance.md"
 	@echo "make lint    ruff, as continuous integration runs it; make format applies it"
@@ -64,7 +64,7 @@ gpu: install
 emulate: install
 	VITKERNELS_EMULATE=1 $(RUN) -m pytest -n auto --dist worksteal tests/test_emulated.py $(TEST)
 
-# VARIANTS=--whole goes down to machine code, an hour for each version
+# VARIANTS=--whole goes down to machine code, which takes long
 variants: install
 	@for version in $(TRITONS); do \
 		folder=$(CURDIR)/build/triton-$$version; echo "triton $$version"; \

@@ -4,7 +4,7 @@ The launcher itself chooses the arguments, constants, warps and stages: what is 
 Triton either interprets or compiles, so that this runs in a process without TRITON_INTERPRET.
 
 python benchmarks/ahead_of_time.py --chip 80 90    whatever a launcher can be asked for, as far as Triton's own language
-python benchmarks/ahead_of_time.py --whole          down to machine code, for every chip: about an hour on two cores
+python benchmarks/ahead_of_time.py --whole          down to machine code, for every chip, which takes long
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import NamedTuple
 from unittest import mock
 
@@ -34,7 +34,7 @@ class _Enough(Exception):
     """What the compiler would still do is done already, or the same for all variants and slow."""
 
 
-class Driver:
+class _Driver:
     """Stands for a driver: there is a device of the given capability, and nothing runs on it."""
 
     def __init__(self, capability: int) -> None:
@@ -50,6 +50,19 @@ class Driver:
         return 0
 
 
+@contextmanager
+def chip(capability: int) -> Iterator[None]:
+    """Within it, Triton and the launchers find a GPU of the capability, for CPU tensors."""
+    from vitkernels import _triton
+
+    with mock.patch.object(triton.runtime.driver, "_active", _Driver(capability)):
+        _triton.capability.cache_clear()
+        try:
+            yield
+        finally:
+            _triton.capability.cache_clear()
+
+
 def compile_launches(call: Callable[[], object], capability: int) -> list:
     """The compiled kernels of every launch that ``call`` makes, in order."""
     compiled, run = [], JITFunction.run
@@ -58,13 +71,8 @@ def compile_launches(call: Callable[[], object], capability: int) -> list:
         with suppress(_Enough):
             compiled.append(run(kernel, *args, grid=grid, warmup=True, **kwargs))
 
-    from vitkernels import _triton
-
-    driver = mock.patch.object(triton.runtime.driver, "_active", Driver(capability))
-    _triton.capability.cache_clear()
-    with driver, mock.patch.object(JITFunction, "run", compile_only):
+    with chip(capability), mock.patch.object(JITFunction, "run", compile_only):
         call()
-    _triton.capability.cache_clear()
     return compiled
 
 
@@ -349,11 +357,11 @@ def compile_variants(chips: Sequence[int], whole: bool) -> dict[str, object]:
             stack.enter_context(mock.patch.object(CUDABackend, "make_ttgir", side_effect=_Enough))
         for name, (module, options) in launchers.items():
             stack.enter_context(mock.patch.object(module, name, recorded(name, options, getattr(module, name))))
-        for chip, variant in itertools.product(chips, variants()):
+        for capability, variant in itertools.product(chips, variants()):
             try:
-                compile_launches(variant.launch, chip)
+                compile_launches(variant.launch, capability)
             except Exception as error:
-                refused[f"sm_{chip} {variant}"] = f"{type(error).__name__}: {error}".strip()
+                refused[f"sm_{capability} {variant}"] = f"{type(error).__name__}: {error}".strip()
     switches = {
         f"{name}: {option}"
         for name, (_, options) in launchers.items()
@@ -368,7 +376,12 @@ def compile_variants(chips: Sequence[int], whole: bool) -> dict[str, object]:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python benchmarks/ahead_of_time.py", description=__doc__.partition("\n")[0])
     parser.add_argument(
-        "--chip", type=int, nargs="+", default=CHIPS, help="compute capabilities, 90 for 9.0 (all of them)"
+        "--chip",
+        type=int,
+        nargs="+",
+        choices=CHIPS,
+        default=CHIPS,
+        help="compute capabilities (all of them)",
     )
     parser.add_argument("--whole", action="store_true", help="down to machine code")
     args = parser.parse_args()

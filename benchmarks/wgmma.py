@@ -15,8 +15,8 @@ python benchmarks/wgmma.py KERNEL.cubin ...
 
 from __future__ import annotations
 
+import argparse
 import re
-import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from functools import cache
@@ -245,11 +245,12 @@ def faults(text: str) -> list[str]:
 def main() -> None:
     from kernel_report import tools
 
-    codes = {
-        f"{path} {name}": code
-        for path in sys.argv[1:]
-        for name, code in sass.machine_code(Path(path).read_bytes()).items()
-    }
+    parser = argparse.ArgumentParser(prog="python benchmarks/wgmma.py", description=__doc__.partition("\n")[0])
+    parser.add_argument("cubin", type=Path, nargs="+", help="compiled for sm_90")
+    paths = parser.parse_args().cubin
+    if absent := [str(path) for path in paths if not path.is_file()]:
+        parser.error(f"no such file: {', '.join(absent)}")
+    codes = {f"{path} {name}": code for path in paths for name, code in sass.machine_code(path.read_bytes()).items()}
     texts = sass.disassemble(tools(), 90, codes.values())
     for name, code in codes.items():
         found = faults(texts[code])

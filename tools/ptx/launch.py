@@ -17,7 +17,7 @@ from unittest import mock
 import numpy as np
 import torch
 import triton
-from ahead_of_time import Driver  # of benchmarks
+from ahead_of_time import chip  # of benchmarks
 from torch import Tensor
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.jit import JITFunction
@@ -106,8 +106,6 @@ def emulated(capability: int, order: str = "lockstep", ends: int = 0) -> Iterato
     With ``ends`` only so many of the first and of the last blocks of a launch run. What `torch.empty` makes is
     poisoned. Triton keeps what it compiles in another folder: it lacks machine code.
     """
-    from vitkernels import _triton
-
     log, compile_and_run = Log(order), JITFunction.run
     programs: dict[str, Program] = {}
 
@@ -141,15 +139,12 @@ def emulated(capability: int, order: str = "lockstep", ends: int = 0) -> Iterato
     with ExitStack() as stack:
         stack.enter_context(triton.knobs.cache.scope())
         triton.knobs.cache.dir += "-emulated"
-        patches = [(triton.runtime.driver, "_active", Driver(capability)), (JITFunction, "run", launch)]
-        patches += [(CUDABackend, "make_cubin", lambda *_: b"")]
+        stack.enter_context(chip(capability))
+        patches = [(JITFunction, "run", launch), (CUDABackend, "make_cubin", lambda *_: b"")]
         patches += [(torch, name, poisoned(getattr(torch, name))) for name in POISONED]
         patches += [(Tensor, "new_empty", poisoned(Tensor.new_empty))]
         for owner, name, value in patches:
             stack.enter_context(mock.patch.object(owner, name, value))
-        for cached in (_triton.capability, _triton.processors):
-            cached.cache_clear()
-            stack.callback(cached.cache_clear)
         yield log
 
 

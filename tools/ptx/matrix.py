@@ -267,7 +267,7 @@ SWIZZLES = {0: (16, 0), 1: (128, 7), 2: (64, 3), 3: (32, 1)}  # bytes of a line,
 
 
 def chunk_addresses(descriptor: int, rows: int, transposed: bool) -> np.ndarray:
-    """Where the chunks of 16 bytes of a product's operand are: [rows, chunks of a row], or [chunks of 8 rows, k]."""
+    """Addresses of the chunks of 16 bytes of a product's operand: [rows, chunks of a row], or [chunks of 8 rows, k]."""
     start, leading, stride = ((descriptor >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
     line, mixed = SWIZZLES[descriptor >> 62]
     if descriptor >> 49 & 7:

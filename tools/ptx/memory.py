@@ -78,7 +78,7 @@ class Memory:
             setattr(self, name, np.concatenate([getattr(self, name), values]) if hasattr(self, name) else values)
 
     def offsets(self, addresses: np.ndarray) -> np.ndarray:
-        """Where allocated bytes lie in ``data``."""
+        """Places of allocated bytes in ``data``."""
         return addresses - self.starts[0]
 
     def granules(self, instruction, threads, addresses, width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -165,7 +165,7 @@ class Memory:
         self.read_time[cells] = np.tile(self.block.time[warps], len(granules)) if landed else NEVER
 
     def addresses(self, granules: np.ndarray) -> np.ndarray:
-        """Where granules lie."""
+        """Addresses of granules."""
         return granules * self.granule + self.starts[0]
 
     def _unseen_write(self, granules, threads) -> np.ndarray:
