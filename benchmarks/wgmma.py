@@ -135,7 +135,12 @@ def steps(text: str) -> list[Step]:
         if x.kind in ("BRX", "JMP", "JMX"):
             raise ValueError(f"{x.name} at {x.address:#x} goes where it does not say")
         if x.kind in ("BRA", "CALL"):
-            yield places[int(re.search(r"\b0x([0-9a-f]+)", x.operands)[1], 16)]
+            target = int(re.search(r"-?\b0x[0-9a-f]+", x.operands)[0], 16)
+            if target not in places:
+                raise ValueError(
+                    f"{x.name} at {x.address:#x} goes to {target:#x}, where no instruction is; is this code for sm_90?"
+                )
+            yield places[target]
         if x.kind == "RET":
             yield from returns
         may_pass = x.guard or (x.kind == "BRA" and re.search(r"\bU?P\d|\.DIV", x.name + x.operands))
@@ -253,7 +258,10 @@ def main() -> None:
     codes = {f"{path} {name}": code for path in paths for name, code in sass.machine_code(path.read_bytes()).items()}
     texts = sass.disassemble(tools(), 90, codes.values())
     for name, code in codes.items():
-        found = faults(texts[code])
+        try:
+            found = faults(texts[code])
+        except ValueError as error:
+            parser.error(f"{name}: {error}")
         print(f"{name}: {len(found)} faults", *found, sep="\n  ")
 
 

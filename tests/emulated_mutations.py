@@ -38,7 +38,10 @@ def launches(chip: int, case: str) -> list[tuple]:
 
 
 def mutants(chip: int, case: str, kernel: str) -> list[dict]:
-    """One entry per instruction: what it is, and the kinds of faults of the first block without it."""
+    """One entry per instruction: what it is, the kinds of faults of the first block without it, whether it is missed.
+
+    What is not missed stays out: of two that do for each other one is missed.
+    """
     import torch
     from ptx.launch import Log, run
 
@@ -57,9 +60,12 @@ def mutants(chip: int, case: str, kernel: str) -> list[dict]:
     found = []
     for instruction in program.code:
         if ORDERING.match(instruction.opcode):
-            kinds, values = outcome(program.without(instruction.index))
+            mutant = program.without(instruction.index)
+            kinds, values = outcome(mutant)
             same = all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(values, expected))
-            found.append(dict(left_out=str(instruction), faults=sorted(kinds), same_values=same))
+            missed = bool(kinds) or not same
+            program = program if missed else mutant
+            found.append(dict(left_out=str(instruction), faults=sorted(kinds), missed=missed))
     return found
 
 

@@ -253,6 +253,20 @@ def test_products_under_way(wgmma, body, said):
     assert said in "".join(found) and bool(found) == bool(said)
 
 
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        ("BRA 0x1a000", "BRA at 0x0 goes to 0x1a000, where no instruction is"),
+        ("BRA -0xf0", "goes to -0xf0, where no"),
+        ("BRX R4 -0x40", "BRX at 0x0 goes where it does not say"),
+    ],
+)
+def test_jumps_that_lead_nowhere(wgmma, line, said):
+    """Such as those of another chip, whose jumps are written in another way."""
+    with pytest.raises(ValueError, match=said):
+        wgmma.steps(text(line, "EXIT"))
+
+
 def test_resident_blocks(report):
     hopper, ampere = report.CHIPS[90], report.CHIPS[86]
     assert hopper.resident(4, 128, 40 * 1024) == 4 and hopper.resident(4, 168, 40 * 1024) == 3

@@ -343,11 +343,19 @@ def log_sum(highest, total):  # [N]
 
 
 @triton.jit
-def rounded(logits, factor):  # [M, N]
-    """Logits by ``factor``, such as log2(e). Adding 0 keeps the product out of a multiply-add with what is taken from
-    it: a logit minus itself is 0, and all kernels agree on the rest.
+def rounded(a, b):
+    """The product of a and b. Adding 0 keeps it out of a multiply-add with what comes next, where it would be exact: a
+    logit minus itself is 0, and all kernels agree on the rest.
     """
-    return logits * factor + 0.0
+    return a * b + 0.0
+
+
+@triton.jit
+def sum_products(a, b, AXIS: tl.constexpr, keep_dims: tl.constexpr = False):
+    """The sum of a * b along an axis. Products are rounded: of two lanes that add to each other's product their own,
+    each would take its own exactly, and they would hold different sums.
+    """
+    return tl.sum(tl.fma(a, b, 0.0), AXIS, keep_dims=keep_dims)
 
 
 def refusal(head_dim: int, dtype: torch.dtype) -> str | None:

@@ -229,10 +229,11 @@ struct Clustering {
       bool inside = base + (lane >> shift) < share.last;
       int place = inside ? base + (lane >> shift) : share.first;
       load(row(order[place] & ~SECOND), x);
+      float above = total(dot(x, axis)), below = total(dot(x, second));
+      if (!inside || slice() != 0) continue;  // one lane alone reads the norm and writes the key in its place
       float inverse = __uint_as_float(value[place]);
-      uint32_t key = key_of(total(dot(x, axis) * inverse) / (total(dot(x, second) * inverse) + 1));
-      if (!inside) continue;
-      if (slice() == 0) value[place] = key;
+      uint32_t key = key_of(above * inverse / (below * inverse + 1));
+      value[place] = key;
       lowest = min(lowest, key), highest = max(highest, key);
     }
     lowest = __reduce_min_sync(ALL, lowest), highest = __reduce_max_sync(ALL, highest);

@@ -23,10 +23,9 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.jit import JITFunction
 
 from .faults import Faults
-from .instructions import bits
 from .machine import Machine
 from .memory import GlobalMemory, Storage
-from .program import Program, Unknown
+from .program import Program, Unknown, bits
 
 __all__ = ["Log", "Program", "Struct", "Unknown", "emulated", "run"]
 

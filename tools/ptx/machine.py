@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from . import matrix
+from . import effects, matrix, registers  # noqa: F401 (their rules)
 from .faults import Faults
-from .instructions import SHARED_WINDOW, bind
-from .memory import LANES, POISON, Block, Memory
+from .memory import LANES, POISON, SHARED_WINDOW, Block, Memory
 from .program import TYPES, Program, Unknown, size_of
+from .rules import bind
 
 SHARED_BASE = 1024  # address of a block's shared memory
 
@@ -27,7 +27,7 @@ class Machine:
         self.granule = granule_of(program)
         self.shared_bytes = -(-max(shared_bytes, program.shared_bytes) // 16) * 16
         self.parameters = np.zeros(program.parameter_bytes + 16, np.uint8)
-        self.product_registers = product_registers(program)
+        self.product_registers = matrix.product_registers(program)
         names: dict[int, list[str]] = {}
         for name, kind in program.registers.items():
             names.setdefault(size_of(kind) if kind != "pred" else 0, []).append(name)
@@ -94,12 +94,6 @@ def granule_of(program: Program) -> int:
         elif instruction.opcode.startswith("cp.async.c"):
             widths.append(4)
     return min(widths)
-
-
-def product_registers(program: Program) -> set[str]:
-    """What asynchronous products take from registers and put there."""
-    products = (x.operands for x in program.code if x.opcode.startswith("wgmma.mma"))
-    return {name for operands in products for vector in operands[:2] if isinstance(vector, tuple) for name in vector}
 
 
 class Step(NamedTuple):

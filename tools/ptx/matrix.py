@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .instructions import Values, bf16_to_f32, bits, effect, flat, values
 from .memory import LANES
-from .program import Unknown
+from .program import Program, Unknown, bits
+from .registers import bf16_to_f32
+from .rules import Values, effect, flat, values
 
 GROUP, THREAD = np.arange(LANES) // 4, np.arange(LANES) % 4  # of a lane in its warp
 WARPGROUP = 4 * LANES
@@ -113,7 +114,7 @@ class Products:
 
     def __init__(self) -> None:
         self.issued, self.committed = [], []  # products, and groups of them
-        self.touched = set()  # operands written since the last wgmma.fence
+        self.fenced, self.touched = False, set()  # whether there was a wgmma.fence, and what was written since the last
 
     def flying(self) -> list[Product]:
         return [product for group in (*self.committed, self.issued) for product in group]
@@ -129,20 +130,41 @@ class Product(NamedTuple):
     granules: np.ndarray  # what it reads of shared memory
 
 
+def copied_register(instruction, program: Program) -> str | None:
+    """What a copy from one register to another takes."""
+    if not instruction.opcode.startswith("mov."):
+        return None
+    to, source = instruction.operands
+    return source if isinstance(to, str) and source in program.registers else None
+
+
+def product_registers(program: Program) -> set[str]:
+    """What asynchronous products take from registers and put there, and what is copied to these."""
+    products = (x.operands for x in program.code if x.opcode.startswith("wgmma.mma"))
+    found = {name for operands in products for vector in operands[:2] if isinstance(vector, tuple) for name in vector}
+    copies = [(x.operands[0], source) for x in program.code if (source := copied_register(x, program))]
+    while more := {source for to, source in copies if to in found} - found:
+        found |= more
+    return found
+
+
 def guard_registers(threads, instruction, run):
     """Check that registers of a product in flight are not touched, and that what a product takes is fenced.
 
-    A copy needs no fence: the assembler gives both ends of it one register.
+    A copy is as fenced as what it copies: the assembler gives both ends of it one register.
     """
     taken = threads.machine.product_registers & set(instruction.registers())
     if not taken or instruction.opcode.startswith("wgmma"):
         return run
     written = set(flat(instruction.operands[:1])) if not instruction.opcode.startswith("st") else set()
-    unfenced = set() if instruction.opcode.startswith("mov") else taken & written
+    copied, unfenced = copied_register(instruction, threads.machine.program), taken & written
 
     def checked(mask):
         products = threads.products
-        products.touched |= unfenced
+        if copied is not None and copied not in products.touched:
+            products.touched -= unfenced
+        else:
+            products.touched |= unfenced
         for product in products.flying():
             if taken & set(product.names) or written & set(product.fragments):
                 block = threads.machine.block
@@ -159,6 +181,7 @@ def _(threads, instruction, what):
     def run(mask):
         warps = threads.whole_warps(instruction, mask)
         if what == "fence":
+            products.fenced = True
             products.touched.clear()
         elif what == "commit_group":
             products.committed.append(products.issued)
@@ -202,7 +225,7 @@ def _(threads, instruction, n, k, kind):
         block, memory = threads.machine.block, threads.machine.spaces["shared"]
         block.step += 1
         before = [product for product in products.flying() if product.names == names]
-        unfenced = products.touched & {*names, *(left if in_registers else ())}
+        unfenced = not products.fenced or products.touched & {*names, *(left if in_registers else ())}
         block.fault("operand registers without wgmma.fence", instruction, [bool(unfenced)], threads.ids[0])
         sums = np.stack(before[-1].results if before else registers)
         sums = np.where(np.broadcast_to(accumulates, threads.count), sums, np.float32(0))

@@ -18,6 +18,7 @@ NEVER = 2**31 - 1
 HOST, MANY, COPY, PRODUCT, OTHERS = -1, -2, -3, -4, -5  # in the place of a thread; OTHERS are those of other blocks
 POISON = 0xFFDE  # a NaN of every type of 16 bits, and twice of float32
 PAGE = 4096  # bytes
+SHARED_WINDOW = 1 << 44  # of shared memory, in generic addresses
 
 
 class Block:

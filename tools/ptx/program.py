@@ -25,6 +25,11 @@ def size_of(kind: str) -> int:
     return np.dtype(TYPES[kind]).itemsize
 
 
+def bits(x: np.ndarray, kind: str = "u32") -> np.ndarray:
+    """The same bits as another type."""
+    return np.ascontiguousarray(x).view(TYPES[kind])
+
+
 @dataclass
 class Instruction:
     """One statement. A vector operand is a tuple."""

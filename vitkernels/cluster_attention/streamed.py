@@ -34,6 +34,7 @@ from .._triton import (
     node_start,
     rounded,
     store_rows,
+    sum_products,
     tokens_at,
     zeros,
 )
@@ -196,7 +197,7 @@ def _streamed_cluster_attention_backward_query(
             weights = tl.exp2(run_logits(b_q, b_kt, stop - first, scale, SPEC) - lse[:, None])  # [M, N]
             dweights = matmul(b_do, load_columns(v, image, head, key, SPEC), SPEC.PRECISION)
             if PASS == 0:
-                delta += tl.sum(weights * dweights, 1)
+                delta += sum_products(weights, dweights, 1)
                 total += tl.sum(weights, 1)
             else:
                 b_dq = dot(tl.cast(weights * (dweights - delta[:, None]), b_k.dtype), b_k, b_dq, SPEC.PRECISION)

@@ -35,6 +35,7 @@ from .._triton import (
     place,
     processors,
     store_rows,
+    sum_products,
     zeros,
 )
 
@@ -142,7 +143,7 @@ def _streamed_attention_backward_query(
             weights = tl.exp2(logits - lse[:, None])
             dweights = matmul(b_do, load_columns(v, image, head, key, SPEC), SPEC.PRECISION)
             if PASS == 0:
-                delta += tl.sum(weights * dweights, 1)
+                delta += sum_products(weights, dweights, 1)
                 total += tl.sum(weights, 1)
             else:
                 b_dq = dot(tl.cast(weights * (dweights - delta[:, None]), b_k.dtype), b_k, b_dq, SPEC.PRECISION)

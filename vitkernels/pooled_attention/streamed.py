@@ -30,6 +30,7 @@ from .._triton import (
     matmul,
     rounded,
     store_rows,
+    sum_products,
     zeros,
 )
 from .positions import Columns, one_hot
@@ -192,7 +193,7 @@ def attention_backward_query(
             weights = tl.exp2(logits - lse[:, None])  # [M, N]
             dweights = matmul(b_do, load_columns(v, image, head, key, SPEC), SPEC.PRECISION)
             if PASS == 0:
-                delta += tl.sum(weights * dweights, 1)
+                delta += sum_products(weights, dweights, 1)
                 total += tl.sum(weights, 1)
             else:
                 dlogits = tl.cast(weights * (dweights - delta[:, None]), b_k.dtype)
