@@ -37,11 +37,12 @@ CASES = {
         "pooled": ("lockstep", "pooled", (4, 5), (2, 3), 1, 1, 16, BF16),
         "pooled, no positions": ("ascending", "pooled", (4, 5), (4, 5), 0, 1, 16, FP16, (0, 0, 0)),
         "pooled, fp32": ("lockstep", "pooled", (1, 2), (2, 33), 0, 1, 16, FP32),
+        "8 queries, 3,072 keys, fp32": ("lockstep", "long", (1, 2, 4), (1, 48, 64), 16),
         "pool, norm, class token": ("lockstep", "pool", (3, 5), (3, 3), (1, 2), BF16, "conv", True, True),
         "maximum": ("descending", "pool", (3, 4), (2, 3), (1, 1), FP16, "max", False, False),
         "average": ("ascending", "pool", (2, 3, 4), (2, 3, 2), (1, 2, 1), FP32, "avg", True, True),
         "table of an MLP of 24, 12 heads": ("lockstep", "table", (3, 3), 24, 12, True),
-        "table of an MLP of 6": ("descending", "table", (3, 5), 6, 2, False),
+        "table of an MLP of 6, one program": ("descending", "table", (3, 5), 6, 2, False, 1),
     },
     90: {
         "49 tokens, bf16": ("lockstep", "partition", (7, 3), (14, 7), 32, BF16),
@@ -56,6 +57,7 @@ CASES = {
         "leaves of 72, streamed": ("lockstep", "clusters", 144, 72, 20, 1, 32, BF16),
         "pooled": ("descending", "pooled", (4, 5), (2, 3), 1, 1, 32, BF16),
         "pooled, no positions": ("lockstep", "pooled", (9, 8), (9, 8), 0, 1, 32, FP16, (0, 0, 0)),
+        "8 queries, 3,072 keys, fp32": ("ascending", "long", (1, 2, 4), (1, 48, 64), 16),
         "pool, norm": ("ascending", "pool", (3, 5), (3, 3), (1, 2), FP16, "conv", False, True),
         "maximum, class token": ("lockstep", "pool", (3, 4), (2, 3), (1, 1), BF16, "max", True, False),
         "table of an MLP of 24, 12 heads": ("lockstep", "table", (3, 3), 24, 12, False),
@@ -154,6 +156,23 @@ def pooled(q_thw, k_thw, cls, heads, head_dim, dtype, wanted=(1, 1, 1)) -> None:
     test_pooled_triton.check(q_thw, k_thw, cls, heads, head_dim, getattr(torch, dtype), wanted=wanted)
 
 
+def long(q_thw, k_thw, head_dim) -> None:
+    """Sums over thousands of tokens in float32, of keys and values that are not around zero."""
+    import torch
+    from contract import assert_contract
+
+    from vitkernels import pooled_attention
+
+    torch.manual_seed(0)
+    q, dout = torch.randn(2, 1, math.prod(q_thw), 1, head_dim, dtype=torch.float64)
+    k, v = 1 + torch.randn(2, 1, math.prod(k_thw), 1, head_dim, dtype=torch.float64)
+
+    def on(backend):
+        return lambda *qkv: pooled_attention(*qkv, q_thw=q_thw, k_thw=k_thw, backend=backend)
+
+    assert_contract(on("triton"), on("reference"), [q, k, v], dout, torch.float32)
+
+
 def pool(thw, kernel, stride, dtype, mode, has_cls, norm) -> None:
     import test_pool_triton
     import torch
@@ -162,15 +181,19 @@ def pool(thw, kernel, stride, dtype, mode, has_cls, norm) -> None:
     test_pool_triton.check(thw, kernel, stride, getattr(torch, dtype), "cpu", **options)
 
 
-def table(group, hidden, heads, residual) -> None:
+def table(group, hidden, heads, residual, programs=64) -> None:
+    """Fewer programs have more blocks of offsets, and add to what they have stored."""
     import torch
     from contract import assert_contract
     from test_position_bias import table_of, weights
 
+    from vitkernels.position_bias import kernels
+
     mlp = weights(hidden, heads)
     cotangent = torch.randn(heads, *(2 * n - 1 for n in group), dtype=torch.float64)
     ours, reference = (lambda *mlp, b=b: table_of(mlp, group, residual, b) for b in ("triton", "reference"))
-    assert_contract(ours, reference, mlp, cotangent, torch.float32, together=range(14))
+    with mock.patch.object(kernels, "PROGRAMS", programs):
+        assert_contract(ours, reference, mlp, cotangent, torch.float32, together=range(14))
 
 
 def run(chip: int, name: str, order: str) -> dict:

@@ -200,6 +200,8 @@ PRODUCTS = {  # what four warps do
     OPERANDS + FENCE + BARRIER + START + ZERO + PRODUCT + WAIT: "operand registers without wgmma.fence",
     OPERANDS + FENCE + BARRIER + MADE + START + COPY + PRODUCT + WAIT: None,
     OPERANDS + FENCE + BARRIER + START + MADE + COPY + PRODUCT + WAIT: "operand registers without wgmma.fence",
+    OPERANDS + FENCE + BARRIER + START + PRODUCT + PRODUCT + WAIT + READ + START + PRODUCT + WAIT: None,
+    OPERANDS + FENCE + BARRIER + START + PRODUCT + WAIT + READ + PRODUCT + WAIT: "registers without wgmma.fence",
     OPERANDS + FENCE + BARRIER + START + PRODUCT + READ + WAIT: "register of a product in flight touched",
     OPERANDS + FENCE + BARRIER + START + PRODUCT + OPERANDS + WAIT: "write after a read by a product of warp groups",
 }

@@ -183,6 +183,17 @@ def matmul(a, b, PRECISION: tl.constexpr):  # [M, K], [K, N] -> [M, N]
 
 
 @triton.jit
+def accumulate(a, b, acc, PRECISION: tl.constexpr):
+    """``a @ b + acc``, for sums over as many tokens as there are. In float32 the product is summed by itself: one chain
+    of additions over thousands of tokens rounds off more than the contract allows. tl.fma keeps it from becoming one.
+    """
+    if a.dtype == tl.float32 and PRECISION == "ieee":
+        return tl.fma(matmul(a, b, PRECISION), 1.0, acc)
+    else:
+        return dot(a, b, acc, PRECISION)
+
+
+@triton.jit
 def place(task, geometry):
     """The image of a task (tasks number the groups of all images), and the first token of its group, before the shift.
 
@@ -331,6 +342,47 @@ def base_of(highest):  # [N]
 
 
 @triton.jit
+def start_sums(nothing, N: tl.constexpr, DTYPE: tl.constexpr):  # zeros [M, D] -> [M], or [M, N] in float32
+    """What sums over the rows of many tiles [M, N] begin with, for inputs of DTYPE. In float32 every column has its own
+    until the end: thousands of additions to one number round off more than the contract allows.
+    """
+    if DTYPE == tl.float32:
+        return zeros(nothing.shape[0], N, DTYPE)
+    else:
+        return tl.sum(nothing, 1)
+
+
+@triton.jit
+def add_rows(sums, tile):  # tile [M, N]
+    """Sums of rows, and those of another tile."""
+    if len(sums.shape) == 2:
+        return sums + tile
+    else:
+        return sums + tl.sum(tile, 1)
+
+
+@triton.jit
+def end_sums(sums):  # [M]
+    if len(sums.shape) == 2:
+        return tl.sum(sums, 1)
+    else:
+        return sums
+
+
+@triton.jit
+def softmax_step(logits, highest, total):  # [M, N], [M], sums of rows
+    """A tile's weights, the factor [M] of all before it, and the highest logit and the sums of weights so far."""
+    higher = tl.maximum(highest, tl.max(logits, 1))
+    base = base_of(higher)
+    shrink, weights = tl.exp2(highest - base), tl.exp2(logits - base[:, None])
+    if len(total.shape) == 2:
+        total *= shrink[:, None]
+    else:
+        total *= shrink
+    return weights, shrink, higher, add_rows(total, weights)
+
+
+@triton.jit
 def divisor(total):  # [N]
     """What the weights of a row are divided by: their sum; 1 where there are none."""
     return tl.where(total == 0.0, 1.0, total)
@@ -348,14 +400,6 @@ def rounded(a, b):
     logit minus itself is 0, and all kernels agree on the rest.
     """
     return a * b + 0.0
-
-
-@triton.jit
-def sum_products(a, b, AXIS: tl.constexpr, keep_dims: tl.constexpr = False):
-    """The sum of a * b along an axis. Products are rounded: of two lanes that add to each other's product their own,
-    each would take its own exactly, and they would hold different sums.
-    """
-    return tl.sum(tl.fma(a, b, 0.0), AXIS, keep_dims=keep_dims)
 
 
 def refusal(head_dim: int, dtype: torch.dtype) -> str | None:

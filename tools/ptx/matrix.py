@@ -114,7 +114,7 @@ class Products:
 
     def __init__(self) -> None:
         self.issued, self.committed = [], []  # products, and groups of them
-        self.fenced, self.touched = False, set()  # whether there was a wgmma.fence, and what was written since the last
+        self.fenced, self.touched = False, set()  # whether there was a wgmma.fence, and what needs another since then
 
     def flying(self) -> list[Product]:
         return [product for group in (*self.committed, self.issued) for product in group]
@@ -138,6 +138,11 @@ def copied_register(instruction, program: Program) -> str | None:
     return source if isinstance(to, str) and source in program.registers else None
 
 
+def accumulators(program: Program) -> set[str]:
+    """Registers that asynchronous products add to."""
+    return {name for x in program.code if x.opcode.startswith("wgmma.mma") for name in x.operands[0]}
+
+
 def product_registers(program: Program) -> set[str]:
     """What asynchronous products take from registers and put there, and what is copied to these."""
     products = (x.operands for x in program.code if x.opcode.startswith("wgmma.mma"))
@@ -157,14 +162,17 @@ def guard_registers(threads, instruction, run):
     if not taken or instruction.opcode.startswith("wgmma"):
         return run
     written = set(flat(instruction.operands[:1])) if not instruction.opcode.startswith("st") else set()
-    copied, unfenced = copied_register(instruction, threads.machine.program), taken & written
+    copied = copied_register(instruction, threads.machine.program)
+    unfenced = taken & (written | threads.machine.accumulators)  # a fragment may be read
 
     def checked(mask):
         products = threads.products
-        if copied is not None and copied not in products.touched:
-            products.touched -= unfenced
-        else:
+        if copied is None:
             products.touched |= unfenced
+        elif copied in products.touched:
+            products.touched |= written
+        else:
+            products.touched -= written
         for product in products.flying():
             if taken & set(product.names) or written & set(product.fragments):
                 block = threads.machine.block

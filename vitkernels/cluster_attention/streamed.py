@@ -21,10 +21,11 @@ from .._triton import (
     Order,
     Rows,
     Spec,
-    base_of,
+    accumulate,
+    add_rows,
     capability,
     divisor,
-    dot,
+    end_sums,
     launch,
     load_both,
     load_columns,
@@ -33,8 +34,9 @@ from .._triton import (
     matmul,
     node_start,
     rounded,
+    softmax_step,
+    start_sums,
     store_rows,
-    sum_products,
     tokens_at,
     zeros,
 )
@@ -161,18 +163,15 @@ def _streamed_cluster_attention_forward(
     head, image, query, start, stop = _held_queries(order, heads, tiles, BLOCK)
     b_q = load_rows(q, image, head, query, SPEC)  # [M, D]
     b_out = zeros(BLOCK, SPEC.BLOCK_D, b_q.dtype)
-    total = tl.sum(b_out, 1)
-    highest = total - float("inf")
+    total = start_sums(b_out, STEP, b_q.dtype)
+    highest = tl.sum(b_out, 1) - float("inf")
     for first in range(start, stop, STEP):
         key = tokens_at(order, image, head, first, stop, STEP)
         logits = run_logits(b_q, load_columns(k, image, head, key, SPEC), stop - first, scale, SPEC)  # [M, N]
-        higher = tl.maximum(highest, tl.max(logits, 1))
-        base = base_of(higher)
-        shrink, weights = tl.exp2(highest - base), tl.exp2(logits - base[:, None])
-        total = total * shrink + tl.sum(weights, 1)
+        weights, shrink, highest, total = softmax_step(logits, highest, total)
         b_v = load_rows(v, image, head, key, SPEC)  # [N, D]
-        b_out = dot(tl.cast(weights, b_v.dtype), b_v, b_out * shrink[:, None], SPEC.PRECISION)
-        highest = higher
+        b_out = accumulate(tl.cast(weights, b_v.dtype), b_v, b_out * shrink[:, None], SPEC.PRECISION)
+    total = end_sums(total)
     store_rows(out, image, head, query, b_out / divisor(total)[:, None], SPEC)
     p_lse = _statistic_pointers(p_lse, image, head, heads, query, order)
     tl.store(p_lse, log_sum(highest, total), mask=query.inside)
@@ -188,7 +187,7 @@ def _streamed_cluster_attention_backward_query(
     lse, _ = _load_statistics(statistics, image, head, heads, query, order)
     b_q, b_do = load_rows(q, image, head, query, SPEC), load_rows(dout, image, head, query, SPEC)  # [M, D]
     b_dq = zeros(BLOCK, SPEC.BLOCK_D, b_q.dtype)
-    delta = tl.sum(b_dq, 1)
+    delta = start_sums(b_dq, STEP, b_q.dtype)
     total = delta
     for PASS in tl.static_range(2):
         for first in range(start, stop, STEP):
@@ -197,13 +196,14 @@ def _streamed_cluster_attention_backward_query(
             weights = tl.exp2(run_logits(b_q, b_kt, stop - first, scale, SPEC) - lse[:, None])  # [M, N]
             dweights = matmul(b_do, load_columns(v, image, head, key, SPEC), SPEC.PRECISION)
             if PASS == 0:
-                delta += sum_products(weights, dweights, 1)
-                total += tl.sum(weights, 1)
+                delta = add_rows(delta, weights * dweights)
+                total = add_rows(total, weights)
             else:
-                b_dq = dot(tl.cast(weights * (dweights - delta[:, None]), b_k.dtype), b_k, b_dq, SPEC.PRECISION)
-        if PASS == 0 and statistics.total is not None:
-            total = divisor(total)
-            delta /= total
+                b_dq = accumulate(tl.cast(weights * (dweights - delta[:, None]), b_k.dtype), b_k, b_dq, SPEC.PRECISION)
+        if PASS == 0:
+            delta, total = end_sums(delta), divisor(end_sums(total))
+            if statistics.total is not None:
+                delta /= total
     if statistics.total is not None:
         b_dq /= total[:, None]
         p_total = _statistic_pointers(statistics.total, image, head, heads, query, order)
@@ -230,9 +230,9 @@ def _streamed_cluster_attention_backward_key(
         if statistics.total is not None:
             weights *= _over_total(statistics, image, head, heads, query, order)[None, :]
         b_do, b_dot = load_both(dout, image, head, query, SPEC)
-        b_dv = dot(tl.cast(weights, b_do.dtype), b_do, b_dv, SPEC.PRECISION)
+        b_dv = accumulate(tl.cast(weights, b_do.dtype), b_do, b_dv, SPEC.PRECISION)
         dweights = matmul(b_v, b_dot, SPEC.PRECISION)
-        b_dk = dot(tl.cast(weights * (dweights - delta[None, :]), b_q.dtype), b_q, b_dk, SPEC.PRECISION)
+        b_dk = accumulate(tl.cast(weights * (dweights - delta[None, :]), b_q.dtype), b_q, b_dk, SPEC.PRECISION)
     store_rows(dk, image, head, key, b_dk * scale, SPEC)
     store_rows(dv, image, head, key, b_dv, SPEC)
 

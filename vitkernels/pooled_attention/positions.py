@@ -21,6 +21,7 @@ from .._triton import (
     Rows,
     Spec,
     Tokens,
+    accumulate,
     accumulation_dtype,
     dot,
     launch,
@@ -176,7 +177,7 @@ def _relative_gradients(
         b_dproducts, b_columns = load_both(dproducts, image, 0, query, COLUMNS)  # [M, C], [C, M]
         b_dq = tl.cast(load_rows(dq, image, 0, query, SPEC), b_dterm.dtype)  # [M, D]
         store_rows(dq, image, 0, query, dot(b_dproducts, b_term, b_dq, SPEC.PRECISION), SPEC)
-        b_dterm = dot(b_columns, load_rows(q, image, 0, query, SPEC), b_dterm, SPEC.PRECISION)
+        b_dterm = accumulate(b_columns, load_rows(q, image, 0, query, SPEC), b_dterm, SPEC.PRECISION)
     store_rows(partial, share, 0, met, b_dterm, SPEC)
 
 

@@ -20,17 +20,20 @@ from .._triton import (
     LOG2E,
     Rows,
     Tokens,
-    base_of,
+    accumulate,
+    add_rows,
     divisor,
     dot,
+    end_sums,
     load_both,
     load_columns,
     load_rows,
     log_sum,
     matmul,
     rounded,
+    softmax_step,
+    start_sums,
     store_rows,
-    sum_products,
     zeros,
 )
 from .positions import Columns, one_hot
@@ -143,19 +146,16 @@ def attention_forward(
     head, image, query = _held(sizes.queries, sizes.heads, BLOCK)
     b_q = load_rows(q, image, head, query, SPEC)  # [M, D]
     b_out = zeros(BLOCK, SPEC.BLOCK_D, b_q.dtype)
-    total = tl.sum(b_out, 1)
-    highest = total - float("inf")
+    total = start_sums(b_out, STEP, b_q.dtype)
+    highest = tl.sum(b_out, 1) - float("inf")
     for first in range(0, sizes.keys, STEP):
         key = _tokens(first, sizes.keys, STEP)
         b_kt = load_columns(k, image, head, key, SPEC)  # [D, N]
         logits = _query_logits(b_q, b_kt, relative, image, head, query, key, sizes, scale, PARTS, SPEC, COLUMNS)
-        higher = tl.maximum(highest, tl.max(logits, 1))
-        base = base_of(higher)
-        shrink, weights = tl.exp2(highest - base), tl.exp2(logits - base[:, None])  # [M, N]
-        total = total * shrink + tl.sum(weights, 1)
+        weights, shrink, highest, total = softmax_step(logits, highest, total)
         b_v = load_rows(v, image, head, key, SPEC)  # [N, D]
-        b_out = dot(tl.cast(weights, b_v.dtype), b_v, b_out * shrink[:, None], SPEC.PRECISION)
-        highest = higher
+        b_out = accumulate(tl.cast(weights, b_v.dtype), b_v, b_out * shrink[:, None], SPEC.PRECISION)
+    total = end_sums(total)
     b_out = _add_residual(b_out / divisor(total)[:, None], b_q, query, sizes, RESIDUAL)
     store_rows(out, image, head, query, b_out, SPEC)
     _store_statistic(p_lse, image, head, query, sizes, log_sum(highest, total))
@@ -182,7 +182,7 @@ def attention_backward_query(
     lse = _load_statistic(statistics.lse, image, head, query, sizes, float("inf"))  # no weights where no query is
     b_q, b_do = load_rows(q, image, head, query, SPEC), load_rows(dout, image, head, query, SPEC)  # [M, D]
     b_dq, b_dproducts = zeros(BLOCK, SPEC.BLOCK_D, b_q.dtype), zeros(BLOCK, COLUMNS.BLOCK_D, b_q.dtype)
-    delta = tl.sum(b_dq, 1)
+    delta = start_sums(b_dq, STEP, b_q.dtype)
     total = delta
     o_column = part * COLUMNS.D + tl.arange(0, COLUMNS.BLOCK_D)
     for PASS in tl.static_range(2):
@@ -193,17 +193,18 @@ def attention_backward_query(
             weights = tl.exp2(logits - lse[:, None])  # [M, N]
             dweights = matmul(b_do, load_columns(v, image, head, key, SPEC), SPEC.PRECISION)
             if PASS == 0:
-                delta += sum_products(weights, dweights, 1)
-                total += tl.sum(weights, 1)
+                delta = add_rows(delta, weights * dweights)
+                total = add_rows(total, weights)
             else:
                 dlogits = tl.cast(weights * (dweights - delta[:, None]), b_k.dtype)
-                b_dq = dot(dlogits, b_k, b_dq, SPEC.PRECISION)
+                b_dq = accumulate(dlogits, b_k, b_dq, SPEC.PRECISION)
                 if PARTS > 0:
                     taken = one_hot(key.x[:, None], o_column[None, :], relative.columns, b_k.dtype)  # [N, C]
                     b_dproducts = dot(dlogits, taken, b_dproducts, SPEC.PRECISION)
-        if PASS == 0 and statistics.total is not None:
-            total = divisor(total)
-            delta /= total
+        if PASS == 0:
+            delta, total = end_sums(delta), divisor(end_sums(total))
+            if statistics.total is not None:
+                delta /= total
     if statistics.total is not None:
         b_dq, b_dproducts = b_dq / total[:, None], b_dproducts / total[:, None]
     if part == 0:
@@ -225,9 +226,6 @@ def attention_backward_key(
     image, start = plane % sizes.batch, plane // sizes.batch * share
     b_k, b_v = load_rows(k, image, head, key, SPEC), load_rows(v, image, head, key, SPEC)  # [M, D]
     b_dk, b_dv = zeros(BLOCK, SPEC.BLOCK_D, b_k.dtype), zeros(BLOCK, SPEC.BLOCK_D, b_k.dtype)
-    # Terms of dk cancel: in float32 one chain of additions over thousands of queries rounds off more than the contract
-    # allows. A step is summed by itself; its scale keeps the compiler from making that one chain again.
-    STEPWISE: tl.constexpr = b_k.dtype == tl.float32
     for first in range(start, tl.minimum(start + share, sizes.queries), STEP):
         query = _tokens(first, sizes.queries, STEP)
         lse = _load_statistic(statistics.lse, image, head, query, sizes, float("inf"))  # no weights where no query is
@@ -237,13 +235,10 @@ def attention_backward_key(
         if statistics.total is not None:
             weights /= _load_statistic(statistics.total, image, head, query, sizes, 1.0)[None, :]
         b_do, b_dot = load_both(dout, image, head, query, SPEC)
-        b_dv = dot(tl.cast(weights, b_do.dtype), b_do, b_dv, SPEC.PRECISION)
+        b_dv = accumulate(tl.cast(weights, b_do.dtype), b_do, b_dv, SPEC.PRECISION)
         dweights = matmul(b_v, b_dot, SPEC.PRECISION)
         delta = _load_statistic(statistics.delta, image, head, query, sizes, 0.0)
         dlogits = tl.cast(weights * (dweights - delta[None, :]), b_q.dtype)
-        if STEPWISE:
-            b_dk += matmul(dlogits, b_q, SPEC.PRECISION) * scale
-        else:
-            b_dk = dot(dlogits, b_q, b_dk, SPEC.PRECISION)
-    store_rows(dk, plane, head, key, b_dk if STEPWISE else b_dk * scale, SPEC)
+        b_dk = accumulate(dlogits, b_q, b_dk, SPEC.PRECISION)
+    store_rows(dk, plane, head, key, b_dk * scale, SPEC)
     store_rows(dv, plane, head, key, b_dv, SPEC)

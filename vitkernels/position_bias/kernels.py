@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._sizes import ceil_div
-from .._triton import dot, launch, power_of_2, sum_products
+from .._triton import dot, launch, power_of_2
 
 EPS = tl.constexpr(1e-5)
 LARGEST = 128  # hidden width, and heads
@@ -68,6 +68,14 @@ def _linear(x, p_weight, p_bias, P: tl.constexpr, OUT: tl.constexpr, BLOCK_OUT: 
 
 
 @triton.jit
+def _sum_products(a, b, AXIS: tl.constexpr, keep_dims: tl.constexpr = False):
+    """The sum of a * b along an axis. Products are rounded: of two lanes that add to each other's product their own,
+    each would take its own exactly, and they would hold different sums.
+    """
+    return tl.sum(tl.fma(a, b, 0.0), AXIS, keep_dims=keep_dims)
+
+
+@triton.jit
 def _mean(z, P: tl.constexpr):  # [R, P] -> [R, 1]
     return tl.sum(z, 1, keep_dims=True) / P
 
@@ -76,7 +84,7 @@ def _mean(z, P: tl.constexpr):  # [R, P] -> [R, 1]
 def _normalise(z, P: tl.constexpr, BLOCK_P: tl.constexpr):  # [R, P] -> [R, P], [R, 1]
     """LayerNorm without its affine part, and the reciprocal of the standard deviation."""
     centred = tl.where(tl.arange(0, BLOCK_P)[None, :] < P, z - _mean(z, P), 0.0)
-    rstd = tl.rsqrt(sum_products(centred, centred, 1, True) / P + EPS)
+    rstd = tl.rsqrt(_sum_products(centred, centred, 1, True) / P + EPS)
     return centred * rstd, rstd
 
 
@@ -122,7 +130,7 @@ def _mlp_trunk(mlp, offsets_y, offsets_x, P: tl.constexpr, BLOCK_P: tl.constexpr
 def _mlp_head(hidden, mlp, head, P: tl.constexpr, BLOCK_P: tl.constexpr):  # [R, P] -> [R]
     """The last Linear, for one head."""
     weight = _vector(mlp[12] + head * P, P, BLOCK_P)
-    return sum_products(hidden, weight[None, :], 1) + tl.load(mlp[13] + head)
+    return _sum_products(hidden, weight[None, :], 1) + tl.load(mlp[13] + head)
 
 
 @triton.jit
@@ -166,6 +174,8 @@ def _add_vector(p, value, SIZE: tl.constexpr, m_old):  # [SIZE]
     """Add to what is stored, or store for the first time."""
     o = tl.arange(0, value.shape[0])
     old = tl.load(p + o, mask=(o < SIZE) & m_old, other=0.0)
+    if m_old:
+        tl.debug_barrier()  # all warps have read what one of them writes
     tl.store(p + o, old + value, mask=o < SIZE)
 
 
@@ -175,6 +185,8 @@ def _add_columns(p, value, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FIRST: tl.
     o_row, o_column = tl.arange(0, value.shape[0])[:, None], FIRST + tl.arange(0, value.shape[1])[None, :]
     o, m = o_row * COLUMNS + o_column, (o_row < ROWS) & (o_column < COLUMNS)
     old = tl.load(p + o, mask=m & m_old, other=0.0)
+    if m_old:
+        tl.debug_barrier()
     tl.store(p + o, old + value, mask=m)
 
 
@@ -211,14 +223,14 @@ def _layer_backward(
 
     dhidden = _multiply(dout, mlp[LAYER + 2], tl.zeros_like(z), OUT, P, P, 1)
     daffine = tl.where(hidden > 0, dhidden, 0.0)
-    _add_vector(p_gradient, sum_products(daffine, normal, 0), P, m_old)
+    _add_vector(p_gradient, _sum_products(daffine, normal, 0), P, m_old)
     _add_vector(p_gradient + P, tl.sum(daffine, 0), P, m_old)
 
     # Selected, so that the product is rounded before its mean is taken from it: fused into the difference, it would
     # leave its rounding where all values are alike, and rstd is large there.
     inside = tl.arange(0, BLOCK_P)[None, :] < P
     dnormal = tl.where(inside, daffine * _vector(mlp[LAYER], P, BLOCK_P)[None, :], 0.0)
-    dz = dnormal - _mean(dnormal, P) - normal * (sum_products(dnormal, normal, 1, True) / P)
+    dz = dnormal - _mean(dnormal, P) - normal * (_sum_products(dnormal, normal, 1, True) / P)
     return tl.where(inside, dz * rstd, 0.0)
 
 
@@ -259,7 +271,7 @@ def _dynamic_position_bias_backward(
         dz0 = _layer_backward(dz1, z0, mlp, 2, p_partial + first, m_old, P, BLOCK_P, P)
         if RESIDUAL:
             dz0 += dz1
-        dweight_y, dweight_x = sum_products(dz0, offsets_y[:, None], 0), sum_products(dz0, offsets_x[:, None], 0)
+        dweight_y, dweight_x = _sum_products(dz0, offsets_y[:, None], 0), _sum_products(dz0, offsets_x[:, None], 0)
         _add_columns(p_partial, tl.join(dweight_y, dweight_x), P, 2, 0, m_old)
         _add_vector(p_partial + 2 * P, tl.sum(dz0, 0), P, m_old)
         tl.debug_barrier()  # the next block adds to what other threads have stored
