@@ -103,38 +103,27 @@ def _store_statistic(p_statistic, image, head, query, sizes, value):  # [N]
 
 
 @triton.jit
-def _query_logits(
-    b_q, b_kt, relative, image, head, query, key, sizes, scale,
-    PARTS: tl.constexpr, SPEC: tl.constexpr, COLUMNS: tl.constexpr,
+def _logits(
+    b_rows, b_columns, relative, image, head, query, key, sizes, scale,
+    QUERIES: tl.constexpr, PARTS: tl.constexpr, SPEC: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # [M, D], [D, N] -> [M, N]  # fmt: skip
-    """Logits, times log2(e), of a tile whose rows are queries; -inf beyond the last key."""
-    logits, factor = matmul(b_q, b_kt, SPEC.PRECISION), scale * LOG2E
+    """Logits, times log2(e), of a tile whose rows are QUERIES, -inf beyond the last key, or else keys."""
+    logits, factor = matmul(b_rows, b_columns, SPEC.PRECISION), scale * LOG2E
     if PARTS > 0:
         logits, factor = logits * scale, LOG2E
     for part in tl.static_range(PARTS):
-        o_column = part * COLUMNS.D + tl.arange(0, COLUMNS.BLOCK_D)
-        b_products = load_rows(relative.products, part * sizes.batch + image, head, _with_place(query, sizes), COLUMNS)
-        taken = one_hot(key.x[None, :], o_column[:, None], relative.columns, b_q.dtype)  # [C, N]
-        logits = dot(b_products, taken, logits, SPEC.PRECISION)
-    return tl.where(key.inside[None, :], rounded(logits, factor), float("-inf"))
-
-
-@triton.jit
-def _key_logits(
-    b_k, b_qt, relative, image, head, query, key, sizes, scale,
-    PARTS: tl.constexpr, SPEC: tl.constexpr, COLUMNS: tl.constexpr,
-):  # [M, D], [D, N] -> [M, N]  # fmt: skip
-    """Logits, times log2(e), of a tile whose rows are keys."""
-    logits, factor = matmul(b_k, b_qt, SPEC.PRECISION), scale * LOG2E
-    if PARTS > 0:
-        logits, factor = logits * scale, LOG2E
-    for part in tl.static_range(PARTS):
-        o_column = part * COLUMNS.D + tl.arange(0, COLUMNS.BLOCK_D)
         plane = part * sizes.batch + image
-        b_products = load_columns(relative.products, plane, head, _with_place(query, sizes), COLUMNS)  # [C, N]
-        taken = one_hot(key.x[:, None], o_column[None, :], relative.columns, b_k.dtype)  # [M, C]
-        logits = dot(taken, b_products, logits, SPEC.PRECISION)
-    return rounded(logits, factor)
+        o_column = part * COLUMNS.D + tl.arange(0, COLUMNS.BLOCK_D)
+        if QUERIES:
+            b_products = load_rows(relative.products, plane, head, _with_place(query, sizes), COLUMNS)  # [M, C]
+            taken = one_hot(key.x[None, :], o_column[:, None], relative.columns, b_rows.dtype)  # [C, N]
+            logits = dot(b_products, taken, logits, SPEC.PRECISION)
+        else:
+            b_products = load_columns(relative.products, plane, head, _with_place(query, sizes), COLUMNS)  # [C, N]
+            taken = one_hot(key.x[:, None], o_column[None, :], relative.columns, b_rows.dtype)  # [M, C]
+            logits = dot(taken, b_products, logits, SPEC.PRECISION)
+    logits = rounded(logits, factor)
+    return tl.where(key.inside[None, :], logits, float("-inf")) if QUERIES else logits
 
 
 @triton.jit
@@ -151,7 +140,7 @@ def attention_forward(
     for first in range(0, sizes.keys, STEP):
         key = _tokens(first, sizes.keys, STEP)
         b_kt = load_columns(k, image, head, key, SPEC)  # [D, N]
-        logits = _query_logits(b_q, b_kt, relative, image, head, query, key, sizes, scale, PARTS, SPEC, COLUMNS)
+        logits = _logits(b_q, b_kt, relative, image, head, query, key, sizes, scale, True, PARTS, SPEC, COLUMNS)
         weights, shrink, highest, total = softmax_step(logits, highest, total)
         b_v = load_rows(v, image, head, key, SPEC)  # [N, D]
         b_out = accumulate(tl.cast(weights, b_v.dtype), b_v, b_out * shrink[:, None], SPEC.PRECISION)
@@ -189,7 +178,7 @@ def attention_backward_query(
         for first in range(0, sizes.keys, STEP):
             key = _tokens(first, sizes.keys, STEP)
             b_k, b_kt = load_both(k, image, head, key, SPEC)  # [N, D], [D, N]
-            logits = _query_logits(b_q, b_kt, relative, image, head, query, key, sizes, scale, PARTS, SPEC, COLUMNS)
+            logits = _logits(b_q, b_kt, relative, image, head, query, key, sizes, scale, True, PARTS, SPEC, COLUMNS)
             weights = tl.exp2(logits - lse[:, None])  # [M, N]
             dweights = matmul(b_do, load_columns(v, image, head, key, SPEC), SPEC.PRECISION)
             if PASS == 0:
@@ -230,7 +219,7 @@ def attention_backward_key(
         query = _tokens(first, sizes.queries, STEP)
         lse = _load_statistic(statistics.lse, image, head, query, sizes, float("inf"))  # no weights where no query is
         b_q, b_qt = load_both(q, image, head, query, SPEC)  # [N, D], [D, N]
-        logits = _key_logits(b_k, b_qt, relative, image, head, query, key, sizes, scale, PARTS, SPEC, COLUMNS)
+        logits = _logits(b_k, b_qt, relative, image, head, query, key, sizes, scale, False, PARTS, SPEC, COLUMNS)
         weights = tl.exp2(logits - lse[None, :])  # [M, N]
         if statistics.total is not None:
             weights /= _load_statistic(statistics.total, image, head, query, sizes, 1.0)[None, :]
