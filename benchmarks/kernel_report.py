@@ -268,9 +268,9 @@ What has been checked of the compiled code without a GPU, by tests:
 
 - PTX of sm_80 and sm_90, as Triton 3.6 and nvcc make it, runs thread by thread in an emulator (tools/ptx). Kernels of
   every family keep the numerical contract there, with their gradients, and no access is out of bounds, misaligned, of
-  memory that nobody wrote, or racing with another warp, block or copy. tests/test_emulated.py names two exceptions:
-  lanes that hold one sum store it with different last bits. compute-sanitizer found the first of them on an H200, too.
-- Every barrier, wait and fence of three kernels was left out in turn. The emulator sees what is not named as harmless.
+  memory that nobody wrote, or racing with another lane, warp, block or copy.
+- Every barrier, wait and fence of three kernels is left out in turn. The emulator sees what is missing, but for three
+  that nothing needs; tests/test_emulated.py names them and says why.
 - Machine code of sm_90: descriptors of products of warp groups come from the address of shared memory and constants
   alone, and nothing touches registers of a product under way (benchmarks/wgmma.py).
 - Registers, spills, shared memory, fences and wide loads of the kernels below, for every chip.

@@ -137,7 +137,7 @@ def test_residuals(residual, cls, device):
     check((2, 3), (2, 2), cls, 2, 8, device=device, residual=residual)
 
 
-@pytest.mark.parametrize("wanted", [*itertools.product((0, 1), repeat=3)], ids=str)
+@pytest.mark.parametrize("wanted", [*itertools.product((0, 1), repeat=3)][1:], ids=str)
 def test_tables_that_are_left_out(wanted, device):
     check((2, 1, 3), (2, 2, 1), 1, wanted=wanted, device=device)
 
@@ -341,7 +341,7 @@ def _write_one_hot(p_taken, columns, BLOCK: tl.constexpr):
     tl.store(p_taken + o_key * BLOCK + o_column, one_hot(o_key, o_column, columns, tl.float32))
 
 
-@pytest.mark.parametrize("wanted", [*itertools.product((0, 1), repeat=3)], ids=str)
+@pytest.mark.parametrize("wanted", [*itertools.product((0, 1), repeat=3)][1:], ids=str)
 @pytest.mark.parametrize("cls", [0, 1])
 def test_one_hot_keys(wanted, cls, device):
     """Key (t, y, x) takes column t of the first axis, y of the next and x of the last; the class token none."""

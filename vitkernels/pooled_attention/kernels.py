@@ -31,22 +31,21 @@ from .positions import Layout
 __all__ = ["pooled_attention_backward", "pooled_attention_forward", "refusal"]
 
 
-def _settings(x: Tensor, columns: int, crowded: bool = False) -> dict[str, int]:
+def _settings(x: Tensor, layout: Layout | None, crowded: bool = False) -> dict[str, int]:
     """Tiles, warps and pipeline stages, chosen by what the compiler makes of the kernels for each chip.
 
     docs/kernels.md has it. Three stages fetch the rows of the next step while this one is computed; two only ask for
     them without registers: where three cost a block, spill, or do not fit the shared memory. Float32 products that
     tensor cores cannot take fill the registers at half the tile, and where operands stand in registers a ``crowded``
-    kernel has room for half a step. ``columns``: of the relative products, 0 without positions. Where the assembler
-    gets descriptors wrong, tiles are too low for products of a warp group, which alone have descriptors; heads of 64
-    and 32 columns came out right.
+    kernel has room for half a step. Where the assembler gets descriptors wrong, tiles are too low for products of a
+    warp group, which alone have descriptors; heads of 64 and 32 columns of positions came out right.
     """
     if INTERPRETED:
         return {"BLOCK": 64, "STEP": 32}
     if x.dtype == torch.float32:
         return {"BLOCK": 32, "STEP": 16, "num_warps": 8, "num_stages": 1}
     warps, arch = 8 if x.shape[-1] > 64 else 4, capability(x.device)
-    if columns and (columns > 32 or x.shape[-1] > 64) and misassembled(arch):
+    if layout is not None and (layout.width > 32 or x.shape[-1] > 64) and misassembled(arch):
         return {"BLOCK": 32, "STEP": 32, "num_warps": 8, "num_stages": 1}
     if crowded:
         return {"BLOCK": 64, "STEP": 16, "num_warps": warps, "num_stages": 1}
@@ -73,14 +72,13 @@ class Call(NamedTuple):
     arguments: dict[str, object]  # of every kernel
 
     @classmethod
-    def of(cls, q, k, terms, q_thw, k_thw, has_cls: bool, scale: float, *tensors: Tensor) -> Call:
+    def of(cls, q, k, terms, layout: Layout | None, has_cls: bool, scale: float, *tensors: Tensor) -> Call:
         """``tensors`` [.., N, heads, head_dim], in the order in which the kernels take them."""
         batch, queries, heads, _ = q.shape
         sizes, maps = streamed.Sizes(batch, heads, queries, k.shape[1], int(has_cls)), [x.unsqueeze(1) for x in tensors]
-        spec, layout, relative = Spec.of(*maps), None, None
+        spec, relative = Spec.of(*maps), None
         columns = spec
-        if any(term is not None for term in terms):
-            layout = Layout.of(terms, q_thw, k_thw, has_cls, heads)
+        if layout is not None:
             products = positions.forward(q, terms, layout).unsqueeze(1)
             columns = Spec.of(products)
             relative = streamed.Relative(Rows.of(products, columns), layout.columns)
@@ -97,7 +95,7 @@ class Call(NamedTuple):
     def launch(self, kernel, planes: int, tokens: int, *rows, crowded: bool = False, **arguments) -> None:
         """A program for every head and every tile of ``tokens`` of a plane."""
         x = self.rows[0].pointer
-        settings = _settings(x, self.layout.width if self.layout else 0, crowded)
+        settings = _settings(x, self.layout, crowded)
         programs = planes * ceil_div(tokens, settings["BLOCK"]) * self.sizes.heads
         launch(kernel, programs, x.device, *rows, **arguments, **self.arguments, **settings)
 
@@ -124,15 +122,16 @@ def pooled_attention_forward(
         return out, statistic
     with on(q.device):
         terms = _terms((table_t, table_h, table_w), (index_t, index_h, index_w))
-        call = Call.of(q, k, terms, q_thw, k_thw, has_cls, scale, q, k, v, out)
+        layout = Layout.of(terms, q_thw, k_thw, has_cls, q.shape[2])
+        call = Call.of(q, k, terms, layout, has_cls, scale, q, k, v, out)
         arguments = dict(p_lse=statistic, RESIDUAL=residual)
         call.launch(streamed.attention_forward, *q.shape[:2], *call.rows, **arguments)
     return out, statistic
 
 
-def _share(q: Tensor, k: Tensor, columns: int) -> int:
+def _share(q: Tensor, k: Tensor, layout: Layout | None) -> int:
     """Queries that a program of the key kernel takes: all, or fewer where tiles of keys would leave processors idle."""
-    settings = _settings(k, columns)
+    settings = _settings(k, layout)
     tiles = k.shape[0] * k.shape[2] * ceil_div(k.shape[1], settings["BLOCK"])
     steps = ceil_div(q.shape[1], settings["STEP"])
     return settings["STEP"] * ceil_div(steps, max(1, 2 * processors(q.device) // tiles))
@@ -164,10 +163,11 @@ def pooled_attention_backward(
     batch, queries, heads, _ = q.shape
     with on(q.device):
         terms = _terms(tables, indices)
-        share = _share(q, k, sum(term.shape[1] for term in terms if term is not None))
+        layout = Layout.of(terms, q_thw, k_thw, has_cls, heads)
+        share = _share(q, k, layout)
         parts = ceil_div(queries, share)
         sums = (dk, dv) if parts == 1 else q.new_empty(2, parts * batch, *k.shape[1:], dtype=wide).unbind()
-        call = Call.of(q, k, terms, q_thw, k_thw, has_cls, scale, dout, q, k, v, dq, *sums)
+        call = Call.of(q, k, terms, layout, has_cls, scale, dout, q, k, v, dq, *sums)
         *inputs, rows_dq, rows_dk, rows_dv = call.rows
         delta, total = (torch.empty_like(statistic) for _ in range(2))
         statistics = streamed.Statistics(statistic, delta, total if q.dtype == wide else None)

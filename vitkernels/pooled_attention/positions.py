@@ -92,8 +92,10 @@ class Layout(NamedTuple):
     width: int
 
     @classmethod
-    def of(cls, terms: Sequence[Tensor | None], q_thw, k_thw, has_cls: bool, heads: int) -> Layout:
-        """Parts of a multiple of 16 columns. The last run goes on to the end, with zeros."""
+    def of(cls, terms: Sequence[Tensor | None], q_thw, k_thw, has_cls: bool, heads: int) -> Layout | None:
+        """Parts of a multiple of 16 columns. The last run goes on to the end, with zeros. None without any term."""
+        if all(term is None for term in terms):
+            return None
         wanted = sum(keys for term, keys in zip(terms, k_thw) if term is not None)
         parts = ceil_div(wanted, WIDEST)
         width = 16 * ceil_div(wanted, 16) if parts == 1 else WIDEST
