@@ -132,10 +132,11 @@ def steps(text: str) -> list[Step]:
     returns = tuple(place + 1 for place, x in enumerate(code) if x.kind == "CALL")
 
     def following(place: int, x: sass.Instruction) -> Iterator[int]:
-        if x.kind in ("BRX", "JMP", "JMX"):
+        said = re.search(r"-?\b0x[0-9a-f]+", x.operands)
+        if x.kind in ("BRX", "JMP", "JMX") or (x.kind in ("BRA", "CALL") and not said):
             raise ValueError(f"{x.name} at {x.address:#x} goes where it does not say")
         if x.kind in ("BRA", "CALL"):
-            target = int(re.search(r"-?\b0x[0-9a-f]+", x.operands)[0], 16)
+            target = int(said[0], 16)
             if target not in places:
                 raise ValueError(
                     f"{x.name} at {x.address:#x} goes to {target:#x}, where no instruction is; is this code for sm_90?"

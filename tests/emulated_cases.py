@@ -34,10 +34,11 @@ CASES = {
         "leaves of 49": ("lockstep", "clusters", 98, 49, 20, 1, 32, BF16),
         "leaves of 16 and 17": ("descending", "clusters", 33, 16, 4, 1, 16, FP32),
         "leaves of 72, streamed": ("ascending", "clusters", 144, 72, 20, 1, 16, BF16),
+        "leaves of 72, streamed, fp32": ("lockstep", "clusters", 144, 72, 20, 1, 16, FP32),
         "pooled": ("lockstep", "pooled", (4, 5), (2, 3), 1, 1, 16, BF16),
         "pooled, no positions": ("ascending", "pooled", (4, 5), (4, 5), 0, 1, 16, FP16, (0, 0, 0)),
         "pooled, fp32": ("lockstep", "pooled", (1, 2), (2, 33), 0, 1, 16, FP32),
-        "8 queries, 3,072 keys, fp32": ("lockstep", "long", (1, 2, 4), (1, 48, 64), 16),
+        "8 queries, 3,072 keys of mean 1, fp32": ("lockstep", "long", (1, 2, 4), (1, 48, 64), 16, 1.0, 1.0),
         "pool, norm, class token": ("lockstep", "pool", (3, 5), (3, 3), (1, 2), BF16, "conv", True, True),
         "maximum": ("descending", "pool", (3, 4), (2, 3), (1, 1), FP16, "max", False, False),
         "average": ("ascending", "pool", (2, 3, 4), (2, 3, 2), (1, 2, 1), FP32, "avg", True, True),
@@ -50,6 +51,7 @@ CASES = {
         "16 tokens, fp32, no bias": ("descending", "partition", (4, 2), (4, 8), 16, FP32, False),
         "MLP of 12": ("ascending", "inline", 4, 12, 16, FP16),
         "81 tokens, streamed": ("lockstep", "partition", (9, 4), (9, 9), 32, FP16),
+        "66 tokens, streamed, fp32": ("lockstep", "partition", ((1, 66), 0), (1, 66), 16, FP32),
         "81 tokens, streamed, no bias": ("lockstep", "partition", (9, 0), (9, 9), 16, BF16, False),
         "strides of 2**31, 72 tokens": ("lockstep", "far", (9, 8), (2**31 + 8, 128, 32, 16)),
         "70,000 groups of 81": ("lockstep", "many", 9, 16, FP16),
@@ -57,7 +59,7 @@ CASES = {
         "leaves of 72, streamed": ("lockstep", "clusters", 144, 72, 20, 1, 32, BF16),
         "pooled": ("descending", "pooled", (4, 5), (2, 3), 1, 1, 32, BF16),
         "pooled, no positions": ("lockstep", "pooled", (9, 8), (9, 8), 0, 1, 32, FP16, (0, 0, 0)),
-        "8 queries, 3,072 keys, fp32": ("ascending", "long", (1, 2, 4), (1, 48, 64), 16),
+        "8 queries, 3,072 keys, even weights, fp32": ("lockstep", "long", (1, 2, 4), (1, 48, 64), 16, 0.0, 0.1),
         "pool, norm": ("ascending", "pool", (3, 5), (3, 3), (1, 2), FP16, "conv", False, True),
         "maximum, class token": ("lockstep", "pool", (3, 4), (2, 3), (1, 1), BF16, "max", True, False),
         "table of an MLP of 24, 12 heads": ("lockstep", "table", (3, 3), 24, 12, False),
@@ -156,16 +158,17 @@ def pooled(q_thw, k_thw, cls, heads, head_dim, dtype, wanted=(1, 1, 1)) -> None:
     test_pooled_triton.check(q_thw, k_thw, cls, heads, head_dim, getattr(torch, dtype), wanted=wanted)
 
 
-def long(q_thw, k_thw, head_dim) -> None:
-    """Sums over thousands of tokens in float32, of keys and values that are not around zero."""
+def long(q_thw, k_thw, head_dim, mean, spread) -> None:
+    """Sums over thousands of tokens in float32: of keys and values around a mean, with logits of a spread."""
     import torch
     from contract import assert_contract
 
     from vitkernels import pooled_attention
 
     torch.manual_seed(0)
-    q, dout = torch.randn(2, 1, math.prod(q_thw), 1, head_dim, dtype=torch.float64)
-    k, v = 1 + torch.randn(2, 1, math.prod(k_thw), 1, head_dim, dtype=torch.float64)
+    sizes = math.prod(q_thw), math.prod(k_thw)
+    q, k, v, dout = (torch.randn(1, sizes[i], 1, head_dim).double() for i in (0, 1, 1, 0))
+    q, k, v = q * spread, k + mean, v + mean
 
     def on(backend):
         return lambda *qkv: pooled_attention(*qkv, q_thw=q_thw, k_thw=k_thw, backend=backend)

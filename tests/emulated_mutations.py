@@ -38,9 +38,9 @@ def launches(chip: int, case: str) -> list[tuple]:
 
 
 def mutants(chip: int, case: str, kernel: str) -> list[dict]:
-    """One entry per instruction: what it is, the kinds of faults of the first block without it, whether it is missed.
+    """One entry per instruction: what it is, the kinds of faults of the first block without it, and whether that shows.
 
-    What is not missed stays out: of two that do for each other one is missed.
+    Where it does not, the instruction stays out: of two that replace each other, the absence of the second shows.
     """
     import torch
     from ptx.launch import Log, run
@@ -63,9 +63,9 @@ def mutants(chip: int, case: str, kernel: str) -> list[dict]:
             mutant = program.without(instruction.index)
             kinds, values = outcome(mutant)
             same = all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(values, expected))
-            missed = bool(kinds) or not same
-            program = program if missed else mutant
-            found.append(dict(left_out=str(instruction), faults=sorted(kinds), missed=missed))
+            shows = bool(kinds) or not same
+            program = program if shows else mutant
+            found.append(dict(left_out=str(instruction), faults=sorted(kinds), shows=shows))
     return found
 
 

@@ -259,6 +259,7 @@ def test_products_under_way(wgmma, body, said):
         ("BRA 0x1a000", "BRA at 0x0 goes to 0x1a000, where no instruction is"),
         ("BRA -0xf0", "goes to -0xf0, where no"),
         ("BRX R4 -0x40", "BRX at 0x0 goes where it does not say"),
+        ("CALL.ABS.NOINC R4", "CALL.ABS.NOINC at 0x0 goes where it does not say"),
     ],
 )
 def test_jumps_that_lead_nowhere(wgmma, line, said):

@@ -184,8 +184,8 @@ def matmul(a, b, PRECISION: tl.constexpr):  # [M, K], [K, N] -> [M, N]
 
 @triton.jit
 def accumulate(a, b, acc, PRECISION: tl.constexpr):
-    """``a @ b + acc``, for sums over as many tokens as there are. In float32 the product is summed by itself: one chain
-    of additions over thousands of tokens rounds off more than the contract allows. tl.fma keeps it from becoming one.
+    """``a @ b + acc``, for sums over as many tokens as there are. In IEEE float32 the product is summed by itself: one
+    chain of additions over thousands of tokens rounds off more than the contract allows. tl.fma keeps it apart.
     """
     if a.dtype == tl.float32 and PRECISION == "ieee":
         return tl.fma(matmul(a, b, PRECISION), 1.0, acc)
@@ -342,19 +342,19 @@ def base_of(highest):  # [N]
 
 
 @triton.jit
-def start_sums(nothing, N: tl.constexpr, DTYPE: tl.constexpr):  # zeros [M, D] -> [M], or [M, N] in float32
+def start_sums(b_zeros, N: tl.constexpr, DTYPE: tl.constexpr):  # [M, D] -> [M], or [M, N] in float32
     """What sums over the rows of many tiles [M, N] begin with, for inputs of DTYPE. In float32 every column has its own
     until the end: thousands of additions to one number round off more than the contract allows.
     """
     if DTYPE == tl.float32:
-        return zeros(nothing.shape[0], N, DTYPE)
+        return zeros(b_zeros.shape[0], N, DTYPE)
     else:
-        return tl.sum(nothing, 1)
+        return tl.sum(b_zeros, 1)
 
 
 @triton.jit
 def add_rows(sums, tile):  # tile [M, N]
-    """Sums of rows, and those of another tile."""
+    """The sums of rows so far, with those of another tile added."""
     if len(sums.shape) == 2:
         return sums + tile
     else:
@@ -363,6 +363,7 @@ def add_rows(sums, tile):  # tile [M, N]
 
 @triton.jit
 def end_sums(sums):  # [M]
+    """The sums of rows."""
     if len(sums.shape) == 2:
         return tl.sum(sums, 1)
     else:
@@ -395,11 +396,11 @@ def log_sum(highest, total):  # [N]
 
 
 @triton.jit
-def rounded(a, b):
-    """The product of a and b. Adding 0 keeps it out of a multiply-add with what comes next, where it would be exact: a
-    logit minus itself is 0, and all kernels agree on the rest.
+def rounded(logits, factor):  # [M, N]
+    """Logits by ``factor``, such as log2(e). Adding 0 keeps the product out of a multiply-add with what is taken from
+    it: a logit minus itself is 0, and all kernels agree on the rest.
     """
-    return a * b + 0.0
+    return logits * factor + 0.0
 
 
 def refusal(head_dim: int, dtype: torch.dtype) -> str | None:

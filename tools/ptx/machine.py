@@ -27,7 +27,6 @@ class Machine:
         self.granule = granule_of(program)
         self.shared_bytes = -(-max(shared_bytes, program.shared_bytes) // 16) * 16
         self.parameters = np.zeros(program.parameter_bytes + 16, np.uint8)
-        self.accumulators = matrix.accumulators(program)
         self.product_registers = matrix.product_registers(program)
         names: dict[int, list[str]] = {}
         for name, kind in program.registers.items():

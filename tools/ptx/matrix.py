@@ -114,7 +114,7 @@ class Products:
 
     def __init__(self) -> None:
         self.issued, self.committed = [], []  # products, and groups of them
-        self.fenced, self.touched = False, set()  # whether there was a wgmma.fence, and what needs another since then
+        self.fenced, self.touched = False, set()  # whether there was a wgmma.fence, and registers used since the last
 
     def flying(self) -> list[Product]:
         return [product for group in (*self.committed, self.issued) for product in group]
@@ -131,16 +131,11 @@ class Product(NamedTuple):
 
 
 def copied_register(instruction, program: Program) -> str | None:
-    """What a copy from one register to another takes."""
+    """The source of a copy from one register to another; None for other instructions."""
     if not instruction.opcode.startswith("mov."):
         return None
     to, source = instruction.operands
     return source if isinstance(to, str) and source in program.registers else None
-
-
-def accumulators(program: Program) -> set[str]:
-    """Registers that asynchronous products add to."""
-    return {name for x in program.code if x.opcode.startswith("wgmma.mma") for name in x.operands[0]}
 
 
 def product_registers(program: Program) -> set[str]:
@@ -156,23 +151,21 @@ def product_registers(program: Program) -> set[str]:
 def guard_registers(threads, instruction, run):
     """Check that registers of a product in flight are not touched, and that what a product takes is fenced.
 
-    A copy is as fenced as what it copies: the assembler gives both ends of it one register.
+    A copy is as fenced as what it copies: the assembler gives both ends of it one register. Where it cannot, because
+    the source lives on, no fault is reported.
     """
     taken = threads.machine.product_registers & set(instruction.registers())
     if not taken or instruction.opcode.startswith("wgmma"):
         return run
     written = set(flat(instruction.operands[:1])) if not instruction.opcode.startswith("st") else set()
     copied = copied_register(instruction, threads.machine.program)
-    unfenced = taken & (written | threads.machine.accumulators)  # a fragment may be read
 
     def checked(mask):
         products = threads.products
         if copied is None:
-            products.touched |= unfenced
+            products.touched |= taken
         elif copied in products.touched:
             products.touched |= written
-        else:
-            products.touched -= written
         for product in products.flying():
             if taken & set(product.names) or written & set(product.fragments):
                 block = threads.machine.block

@@ -93,7 +93,7 @@ class Layout(NamedTuple):
 
     @classmethod
     def of(cls, terms: Sequence[Tensor | None], q_thw, k_thw, has_cls: bool, heads: int) -> Layout | None:
-        """Parts of a multiple of 16 columns. The last run goes on to the end, with zeros. None without any term."""
+        """Parts of a multiple of 16 columns. The last run goes on to the end, with zeros. None without terms."""
         if all(term is None for term in terms):
             return None
         wanted = sum(keys for term, keys in zip(terms, k_thw) if term is not None)

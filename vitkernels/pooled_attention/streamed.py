@@ -107,7 +107,7 @@ def _logits(
     b_rows, b_columns, relative, image, head, query, key, sizes, scale,
     QUERIES: tl.constexpr, PARTS: tl.constexpr, SPEC: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # [M, D], [D, N] -> [M, N]  # fmt: skip
-    """Logits, times log2(e), of a tile whose rows are QUERIES, -inf beyond the last key, or else keys."""
+    """Logits, times log2(e). With QUERIES rows are queries, and keys beyond the last have -inf; else rows are keys."""
     logits, factor = matmul(b_rows, b_columns, SPEC.PRECISION), scale * LOG2E
     if PARTS > 0:
         logits, factor = logits * scale, LOG2E

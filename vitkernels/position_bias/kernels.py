@@ -69,8 +69,10 @@ def _linear(x, p_weight, p_bias, P: tl.constexpr, OUT: tl.constexpr, BLOCK_OUT: 
 
 @triton.jit
 def _sum_products(a, b, AXIS: tl.constexpr, keep_dims: tl.constexpr = False):
-    """The sum of a * b along an axis. Products are rounded: of two lanes that add to each other's product their own,
-    each would take its own exactly, and they would hold different sums.
+    """The sum of a * b along an axis, of rounded products.
+
+    Two lanes that add their products would each take its own exactly, and hold different sums. Adding 0, as `rounded`
+    does, is not enough: the compiler knows that squares are not -0.
     """
     return tl.sum(tl.fma(a, b, 0.0), AXIS, keep_dims=keep_dims)
 
