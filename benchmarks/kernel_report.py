@@ -264,7 +264,9 @@ has drifted.
 
 Boards, by their data sheets: {boards}.
 
-What has been checked of the compiled code without a GPU, by tests:
+## What has been checked of the compiled code, and what has not
+
+Checked without a GPU, by tests:
 
 - PTX of sm_80 and sm_90, as Triton 3.6 and nvcc make it, runs thread by thread in an emulator (tools/ptx). Kernels of
   every family keep the numerical contract there, with their gradients, and no access is out of bounds, misaligned, of
@@ -277,7 +279,7 @@ What has been checked of the compiled code without a GPU, by tests:
 - The front end compiles every form of every kernel for sm_90, with `make variants` for all chips and with Triton 3.6,
   3.7.1 and 3.8.
 
-What has not: what the assembler makes otherwise of the PTX, tcgen05 of sm_100, the order of atomics, approximate units
+Not checked: what the assembler makes otherwise of the PTX, tcgen05 of sm_100, the order of atomics, approximate units
 bit by bit, sizes beyond a few blocks, and time.
 """
 
