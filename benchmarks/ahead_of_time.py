@@ -353,6 +353,8 @@ def compile_variants(chips: Sequence[int], whole: bool) -> dict[str, object]:
 
     with ExitStack() as stack:
         if not whole:
+            stack.enter_context(triton.knobs.compilation.scope())
+            triton.knobs.compilation.always_compile = True  # or a kernel that the cache has would not count
             stack.enter_context(mock.patch.object(ASTSource, "make_ir", make_once))
             stack.enter_context(mock.patch.object(CUDABackend, "make_ttgir", side_effect=_Enough))
         for name, (module, options) in launchers.items():

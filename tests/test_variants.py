@@ -21,19 +21,18 @@ tl = pytest.importorskip("triton.language")
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("chip", [90])
-def test_every_variant_compiles(chip):
-    """Every option of the registered operators, given and left out, as far as the front end.
+def test_every_variant_compiles():
+    """Every option of the registered operators, given and left out, for all chips, as far as the front end.
 
-    `make variants` compiles them for all chips, with several versions of the compiler; here one is what time allows.
+    `make variants` does so with several versions of the compiler.
     """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, ROOT / "benchmarks" / "ahead_of_time.py", "--chip", str(chip)]
+    command = [sys.executable, ROOT / "benchmarks" / "ahead_of_time.py"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.stdout, done.stderr
     found = json.loads(done.stdout)
-    assert found["launchers"] == 10 and found["switches"] > 30 and found["sources"] > 200
+    assert found["launchers"] == 10 and found["switches"] > 30 and found["sources"] > 400
     assert found["unasked"] == [], "give `variants` in benchmarks/ahead_of_time.py what asks for these options"
     assert found["refused"] == {}
 
