@@ -276,8 +276,8 @@ Checked without a GPU, by tests:
 - Machine code of sm_90: descriptors of products of warp groups come from the address of shared memory and constants
   alone, and nothing touches registers of a product under way (benchmarks/wgmma.py).
 - Registers, spills, shared memory, fences and wide loads of the kernels below, for every chip.
-- The front end compiles every form of every kernel for every chip; with `make variants` it does so with Triton 3.6, 3.7.1
-  and 3.8.
+- The front end compiles every form of every kernel for every chip; with `make variants` it does so with Triton 3.6,
+  3.7.1 and 3.8.
 
 Not checked: what the assembler makes otherwise of the PTX, tcgen05 of sm_100, the order of atomics, approximate units
 bit by bit, sizes beyond a few blocks, and time.
